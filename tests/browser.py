@@ -1,4 +1,4 @@
-"""A headless Chromium, driven over its debugging pipe with nothing but the standard library."""
+"""A headless Chromium, controlled over its debugging pipe with only the standard library."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Browser:
         self._profile.cleanup()
 
     def open(self, path: Path, fragment: str = "") -> None:
-        """Load a file anew, at a fragment such as "#id=3", and wait until it is there."""
+        """Load a file, at a fragment such as "#id=3", and wait until it is loaded."""
         self._navigate("about:blank")  # another fragment of the page that is there would not load it
         self._navigate(path.resolve().as_uri() + fragment)
 
@@ -104,11 +104,11 @@ class Browser:
         self._call("Input.dispatchMouseEvent", type=kind, x=x, y=y, **how)
 
     def screenshot(self, path: Path) -> None:
-        """What a person would see."""
+        """A screenshot of the page."""
         path.write_bytes(base64.b64decode(self._call("Page.captureScreenshot", format="png")["data"]))
 
     def requests(self) -> list[str]:
-        """Every address that the page asked for."""
+        """Every URL that the page requested."""
         sent = [event for event in self.events if event.get("method") == "Network.requestWillBeSent"]
         return [event["params"]["request"]["url"] for event in sent]
 

@@ -1,9 +1,9 @@
-"""The unit tests of what differs from main, nearest first, within some seconds: `make quick`.
+"""Run the unit tests of the changes since main, most relevant first, within a time limit: `make quick`.
 
     PYTHONPATH=src python tests/changed.py [--since main] [--within 60]
 
-First changed test files, then those named after a changed module, then those that import one, then the rules of the
-repository (tests/invariants). What takes long is left to `make test`; when the time is over, the rest is skipped.
+The order is: changed test files, test files named after a changed module, test files that import one, and the rules of
+the repository (tests/invariants). Slow tests are left to `make test`; after the time limit, the rest is skipped.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ LEFT_OUT = "not slow and not vllm and not faults"
 
 
 def changed_files(since: str) -> list[Path]:
-    """Files that differ from where this branch left another, committed or not, below the root.
+    """Files that differ from the branch point, committed or not.
 
     Raises:
         SystemExit: there is no such branch.
@@ -42,7 +42,7 @@ def _git(*arguments: str) -> list[str]:
 
 
 def tests_of(changed: list[Path]) -> list[Path]:
-    """Test files, those nearest to the changes first."""
+    """Test files, the most relevant to the changes first."""
     modules = {_module(path) for path in changed if path.suffix == ".py"}
     stems = {f"test_{path.stem}" for path in changed}
     others = {path.name for path in changed if path.suffix != ".py"}
@@ -67,7 +67,7 @@ def _module(path: Path) -> str:
 
 
 class Deadline:
-    """Skips what would begin after some seconds."""
+    """Skips tests that would start after the time limit."""
 
     def __init__(self, seconds: float) -> None:
         self._ends = time.monotonic() + seconds

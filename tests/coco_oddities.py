@@ -1,4 +1,4 @@
-"""A COCO folder of 60 generated pictures laid out as COCO 2017 is published, with every oddity of the real files.
+"""A COCO folder of 60 generated images in the layout of COCO 2017, with every oddity of the real files.
 
 Sizes, colour modes and EXIF turns; run-length crowds, polygons of several rings, float boxes, boxes that touch or cross
 the border, boxes without area, categories with gaps in their ids or without annotations, images without annotations, an
@@ -54,7 +54,7 @@ def _image(folder: Path, image_id: int, place: int, odd: bool) -> dict[str, Any]
     width, height = SIZES[place % len(SIZES)]
     image, name, exif = picture(image_id, width, height), f"{image_id:012d}.jpg", Image.Exif()
     if odd and place in (UPRIGHT_BY_EXIF, TURNED_BY_EXIF):
-        exif[_ORIENTATION] = 6  # the file holds the picture lying on its side
+        exif[_ORIENTATION] = 6  # the file holds the image lying on its side
         image = image.transpose(Image.Transpose.ROTATE_90)
         if place == TURNED_BY_EXIF:
             width, height = height, width  # as a tool that ignores EXIF would annotate it

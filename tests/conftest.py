@@ -1,4 +1,4 @@
-"""Shared by all tests: the repository root, and marks that skip what this machine cannot run."""
+"""Fixtures for all tests: the repository root, and marks that skip tests this machine cannot run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ os.fsync = lambda _descriptor: None  # nothing here outlives a power cut, and a 
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when it is imported: kernels then run on the CPU
 
-# What takes minutes begins first, so that a worker does not end with it while the others have nothing left.
+# Tests that take minutes start first, so that no worker runs one at the end while the others are idle.
 LONG = (
     "graph/test_production.py", "graph/test_smoke.py", "graph/test_kill.py", "graph/test_commands.py",
     "graph/test_own_photos.py", "training/test_fsdp.py", "training/test_distributed.py", "graph/test_cuts.py",
@@ -32,10 +32,10 @@ LONG = (
     "experiments/test_runs.py", "invariants/test_reach.py", "text/test_parser.py", "benchmarks/test_gpu_check.py",
     "training/test_launch.py", "graph/test_check_profile.py", "training/test_devices.py", "rollout/test_vllm_http.py",
 )  # fmt: skip
-# Their tests share no fixture that is dear: each may run on any worker. Those of other files stay together.
+# Their tests share no expensive fixture, so each may run on any worker. Tests of other files stay together.
 SPREAD = ("graph/test_smoke.py", "graph/test_kill.py", "training/test_distributed.py", "benchmarks/test_scripts.py")
 
-# Time limits per example would only measure how busy the machine is.
+# Time limits per example would only measure the load of the machine.
 settings.register_profile("repository", deadline=None)
 settings.load_profile("repository")
 
@@ -58,7 +58,7 @@ def warm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Each file goes to one worker, as its fixtures are dear and its tests may follow from each other; SPREAD by test.
+    """Assign each file to one worker: its fixtures are expensive, its tests may depend on each other. SPREAD by test.
 
     The groups of `--dist loadgroup` would say so, too, but are lost on pytest 9.2, which keeps node ids as they are.
     """
@@ -73,7 +73,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a CUDA device or vLLM where there is none; say what workers do first."""
+    """Skip tests that need a missing CUDA device or vLLM; sort the tests that workers run first."""
     missing = {"gpu": _no_cuda, "vllm": lambda: not VLLM_PYTHON.is_file()}
     for mark, is_missing in missing.items():
         marked = [item for item in items if item.get_closest_marker(mark)]

@@ -2,13 +2,13 @@
 
     PYTHONPATH=src:.:tests python -m fault_lab [--stages pack report] [--sample 3] [--budget SECONDS]
 
-The graph is that of the smoke profile with a dozen pictures and steps enough to learn them by heart, so its model
-answers and its rollouts match. It runs once undisturbed. Then, for each place, a copy of the workspace before the stage
-is made, the stage runs with that one fault, and after it, as DVC would, without: it must end in the bytes of the
-undisturbed run.
+The graph is that of the smoke profile with a dozen images and enough steps to memorize them, so that its model produces
+valid answers and matching rollouts. It runs once undisturbed. Then, for each place, the workspace before the stage is
+copied, and the stage runs with this one fault and afterwards, as DVC would do it, without: it must end with the bytes
+of the undisturbed run.
 
-All stages are run by children of one process that has imported them, in workspaces of their own. `--results` keeps what
-was found, so that a campaign that was cut by its budget goes on; `--report` writes the table of all that is known.
+All stages run in children of one process that has imported them, each in a separate workspace. `--results` stores the
+results, so that a campaign stopped by its budget can resume; `--report` writes a table of all known results.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ MEANINGS = {
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What came of one fault in one stage: the file it met, one of OUTCOMES, and the last line that was said."""
+    """The outcome of one fault in one stage: the affected file, one of OUTCOMES, and the last line of output."""
 
     stage: str
     kind: str
@@ -69,7 +69,7 @@ class Found:
 
     @property
     def place(self) -> tuple[str, str, int, str]:
-        """What names the fault."""
+        """The identifier of the fault."""
         return self.stage, self.kind, self.number, self.what
 
 
@@ -86,7 +86,7 @@ class Ended:
 
 
 class Lab:
-    """Undisturbed workspaces before each stage, and what the stages make of them."""
+    """Undisturbed workspaces before each stage, and the results of the stages."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
@@ -113,7 +113,7 @@ class Lab:
                 return
 
     def faults(self, stage: str, sample: int = 0, kinds: Collection[str] = KINDS) -> Iterator[Fault]:
-        """Every place of a stage; or of each kind and what happens there `sample` of them, spread over the run."""
+        """Every place of a stage, or `sample` of them per kind and fault, spread over the run."""
         counts = Counter(kind for kind, _ in self.operations[stage])
         for kind in kinds:
             for what in FAULTS[kind]:
@@ -220,7 +220,7 @@ def _wait(pid: int) -> int | None:
 
 
 def _end_session(leader: int) -> int:
-    """How many processes of a session are still there after some time, which are ended then."""
+    """Kill the processes of a session that remain after some time; returns their number."""
     ends_at = time.monotonic() + GONE_WITHIN_S
     while left := _members(leader):
         if time.monotonic() > ends_at:
@@ -244,14 +244,14 @@ def _members(session: int) -> list[int]:
 
 
 def sources_hash() -> str:
-    """Of all that a campaign runs, and of how."""
+    """Hash of all sources that a campaign runs, including this one."""
     run = [REPOSITORY / name for name in ("src", "pipelines", "params.yaml", f"configs/{PROFILE}.yaml")]
     own = [Path(__file__), Path(__file__).with_name("fault_shim.py")]
     return hashlib.sha256("".join(map(content_hash, [*run, *own])).encode()).hexdigest()[:12]
 
 
 def litter(space: Path) -> list[Path]:
-    """Half-written files and folders that a run left behind."""
+    """Incomplete files and folders left by a run."""
     return [path for folder in ("data", "inputs", "reports", "runs") for path in (space / folder).rglob(".*.tmp")]
 
 
@@ -282,13 +282,13 @@ def campaign(lab: Lab, queues: list[Iterator[tuple[str, Fault]]], budget_s: floa
 
 
 def read_results(path: Path) -> list[Found]:
-    """What earlier campaigns found."""
+    """The results of earlier campaigns."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     return [Found(**json.loads(line)) for line in lines]
 
 
 def report(found: Sequence[Found], totals: Mapping[str, int]) -> str:
-    """The table of a campaign, in Markdown: places by stage, what came of them, and each that went wrong."""
+    """The table of a campaign in Markdown: places by stage, outcomes, and each failure."""
     from coordexp.reporting.markdown import escape, table
 
     rows = []
@@ -317,7 +317,7 @@ def report(found: Sequence[Found], totals: Mapping[str, int]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a campaign; exit code 1 if something went wrong."""
+    """Run a campaign; exit code 1 after a failure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     stages = list(stage_plans(REPOSITORY, PROFILE))
     parser.add_argument("--stages", nargs="+", choices=stages, default=stages, help="default: all", metavar="STAGE")

@@ -1,10 +1,10 @@
-"""Operations on files that are counted, and one of which fails or is where the process is killed.
+"""Counts file operations, and makes one of them fail or kills the process there.
 
-Reads, writes, flushes to the disk and renames of files below one folder, as far as they go through Python: what its own
-file objects do, `os`, and the writers of safetensors and pyarrow, which are led through such objects. What a library
-writes or reads by itself (the tokenizer's file, memory maps) is neither counted nor hit.
+This covers reads, writes, fsyncs and renames of files below one folder that go through Python: its own file objects,
+`os`, and the writers of safetensors and pyarrow, which are redirected through such objects. Native reads and writes of
+libraries (the tokenizer's file, memory maps) are neither counted nor affected.
 
-`install` changes the interpreter for good: only a process that is made for one run may call it.
+`install` changes the interpreter permanently: only a process that is created for one run may call it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 KINDS = ("write", "fsync", "rename", "read")
-# What goes wrong: a full disk stays full, a bad block is met once. Signals come before the operation.
+# The faults: a full disk stays full, a bad block fails once. Signals come before the operation.
 ERRORS = {"ENOSPC": errno.ENOSPC, "EIO": errno.EIO}
 SIGNALS = {"SIGKILL": signal.SIGKILL, "SIGINT": signal.SIGINT, "SIGTERM": signal.SIGTERM}
 LASTING = {"ENOSPC"}
@@ -35,7 +35,7 @@ FAULTS = {
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """The `number`-th operation of a kind, from 1, and what happens there."""
+    """The `number`-th operation of a kind, counted from 1, and the fault there."""
 
     kind: str
     number: int
@@ -55,12 +55,12 @@ class Shim:
     _process: int = field(default_factory=os.getpid)
 
     def holds(self, path: str) -> bool:
-        """Whether a path lies below the root, and not among the sources, which all stages read in the same way."""
+        """Whether a path is below the root, but not one of the sources, which all stages read in the same way."""
         top = os.path.relpath(path, self.root).partition(os.sep)[0] if path else ".."
         return top not in ("..", "src", "pipelines")
 
     def meet(self, kind: str, path: str) -> None:
-        """Count an operation, and raise or die if it is the one."""
+        """Count an operation, and trigger the fault if it is the chosen one."""
         if os.getpid() != self._process:  # a process that the stage started: not the one that is tried
             return
         with self._lock:
@@ -81,7 +81,7 @@ class Shim:
             raise OSError(number, os.strerror(number), *([path] if kind == "rename" else []))  # others know no name
 
     def install(self) -> None:
-        """Lead this interpreter's operations through here."""
+        """Redirect the file operations of this interpreter."""
         self._files()
         self._system()
         self._libraries()
@@ -152,7 +152,7 @@ class Shim:
         os.rename, os.replace = renamed("rename"), renamed("replace")
 
     def _libraries(self) -> None:
-        """Writers that are not Python's, with the errors that they would raise."""
+        """Redirect the writers of libraries, with the errors that they would raise."""
         import pyarrow.parquet.core as parquet
         import safetensors.torch
         from safetensors import SafetensorError, serialize

@@ -1,4 +1,4 @@
-"""A small world for tests: the embedded tokenizer, a random tiny model, and composed scenes as tokenised samples."""
+"""A small world for tests: the embedded tokenizer, a random tiny model, and composed scenes as tokenized samples."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ SCENES = ScenesConfig(
     held_out=HeldOutConfig(strict=0.2, phrase=0.1, plain_only=0.1, never=0.1),
 )
 NOTHING_HELD_OUT = HeldOutConfig(strict=0.0, phrase=0.0, plain_only=0.0, never=0.0)
-# Every family of terms at once, so that an equality of losses speaks for all of them.
+# All families of loss terms at once, so that an equality of losses covers them all.
 ALL_WEIGHTS = dict(
     text_ce=1.0, text_gate=0.1, softce=1.0, w1=10.0, gate=1.0, coord_ce=0.5, bbox_smoothl1=2.0, bbox_ciou=0.2
 )
@@ -83,7 +83,7 @@ B = TypeVar("B", bound=Block)
 
 
 def changed(block: B, **changes: Any) -> B:
-    """A checked block with other values; `changed(PARAMS, stage1__softce_weight=2.0)` sets stage1.softce_weight."""
+    """A validated block with changed values; `changed(PARAMS, stage1__softce_weight=2.0)` sets stage1.softce_weight."""
     tree = block.model_dump()
     for key, value in changes.items():
         *blocks, name = key.split("__")
@@ -99,7 +99,7 @@ MATCHING = PARAMS.matching
 
 
 def decode_request(codec: str = "json", seed: int = 3, names: tuple[str, ...] = (), **changes: Any) -> DecodeRequest:
-    """What an engine is asked, greedy but for `changes` to the block `decode`."""
+    """A decode request, greedy except for `changes` to the block `decode`."""
     return DecodeRequest(params=changed(PARAMS.decode, **changes), codec=codec, seed=seed, names=names)
 
 
@@ -110,7 +110,7 @@ def rollout_config(vllm_python: str = "python", **serve: Any) -> RolloutConfig:
 
 
 def asked(request: DecodeRequest, **changes: Any) -> DecodeRequest:
-    """The same request with other values of the block `decode`."""
+    """The same request with changed values of the block `decode`."""
     return replace(request, params=changed(request.params, **changes))
 
 
@@ -126,10 +126,10 @@ def new_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def new_checkpoint(seed: int = 17, init: str = "ordinal", codec: Codec = "json") -> Checkpoint:
-    """A random tiny model with coordinate tokens, in float32; a fresh one each time, so that a test may train it.
+    """A random tiny model with coordinate tokens, in float32; new each time, so that a test may train it.
 
-    The weights are scaled up from their initialisation: otherwise all images and contexts give nearly the same logits,
-    and an equality of outputs would hold whatever the inputs.
+    The weights are scaled up from their initialization: otherwise all images and contexts would give nearly the same
+    logits, and an equality of outputs would hold for any input.
     """
     tokenizer = new_tokenizer()
     model = build_tiny(tokenizer, seed)
@@ -151,7 +151,7 @@ def save_model(
     max_pixels: int = MAX_PIXELS,
     codec: Codec = "json",
 ) -> None:
-    """A checkpoint folder that asks for pictures between these areas: without coordinate tokens, a base model."""
+    """Save a checkpoint folder with these image area limits; without coordinate tokens, it is a base model."""
     coord = CoordVocabulary.from_tokenizer(tokenizer) if has_coord_tokens(tokenizer) else None
     detection = BASE.model_copy(update={"codec": codec, "coordinates": coord}) if coord else BASE
     pixels = pixel_spec(model.config, min_pixels, max_pixels)
@@ -165,14 +165,14 @@ def tiny_pixels() -> PixelSpec:
 
 
 def criterion_of(checkpoint: Checkpoint, weights: Mapping[str, float] = ALL_WEIGHTS, **changes: Any) -> Criterion:
-    """A criterion for this checkpoint's vocabulary, at the default parameters but for `changes`."""
+    """A criterion for this checkpoint's vocabulary, with the default parameters except for `changes`."""
     assert checkpoint.coord is not None
     params = changed(PARAMS, **changes)
     return Criterion(params=params, weights=weights, first_coord_id=checkpoint.coord.first_id, steps=10)
 
 
 def scene_records(folder: Path) -> list[Record]:
-    """Six scenes in `folder`: one with a crowd box, one annotated with nothing, one that the model's format resizes."""
+    """Six scenes in `folder`: one has a crowd region, one has no annotation, and one is resized for the model."""
     records = []
     for index in range(6):
         scene = compose_scene(SCENES, catalog(), 14, "train", index)
@@ -218,7 +218,7 @@ class World:
 
 
 def build_world(folder: Path, codec: Codec = "json") -> World:
-    """Scenes -> records -> samples, by way of the files between the stages."""
+    """Scenes -> records -> samples, through the files between the stages."""
     tokenizer = new_tokenizer()
     add_coordinate_tokens(build_tiny(tokenizer, 0), tokenizer, "mean", 0)
     write_records(folder / "train.jsonl", scene_records(folder))
@@ -227,13 +227,13 @@ def build_world(folder: Path, codec: Codec = "json") -> World:
     return World(folder, SampleStore(folder / "train.parquet"), codec)
 
 
-# Pixels of a 100 x 100 image, so that a bin is a tenth of a pixel; the corner 30.04 lies between two bins.
+# Pixels of a 100 x 100 image, so that a bin is a tenth of a pixel; the corner 30.04 is between two bins.
 TRUTH = {"cat": (10.0, 10.0, 30.04, 30.0), "dog": (50.0, 11.0, 80.0, 40.0), "cup": (10.0, 60.0, 40.0, 90.0)}
 CROWD = ObjectRecord("crowd", (0.0, 0.0, 99.0, 99.0), metadata={"iscrowd": 1})
 
 
 def sample_of(checkpoint: Checkpoint, codec: str, names: tuple[str, ...] = tuple(TRUTH)) -> Sample:
-    """A sample without a picture, annotated with these objects of TRUTH and a crowd box."""
+    """A sample without an image, annotated with these objects of TRUTH and a crowd box."""
     objects = tuple(ObjectRecord(name, TRUTH[name], metadata={}) for name in names)
     record = Record("x.png", 100, 100, (*objects, CROWD), metadata={"image_id": 1})
     return SamplePreparer(checkpoint.tokenizer, get_codec(codec), tiny_pixels()).prepare(record)
@@ -254,7 +254,7 @@ def rollout_of(checkpoint: Checkpoint, sample: Sample, objects: Sequence[TextObj
 
 
 def teacher_rollouts(checkpoint: Checkpoint, world: World) -> dict[int, Rollout]:
-    """A rollout of every sample: all objects but the first two bins off, the second one doubled; one does not parse."""
+    """A rollout of every sample: all objects but the first are off by two bins, the second is doubled; one fails."""
     rollouts = {}
     for sample in world.samples:
         truth = text_objects(sample.descs, encode_boxes(sample.boxes_xyxy_px, sample.width, sample.height))
@@ -268,7 +268,7 @@ def teacher_rollouts(checkpoint: Checkpoint, world: World) -> dict[int, Rollout]
 
 
 def put_rollouts(paths: ProfilePaths, rollouts: Mapping[int, Rollout]) -> None:
-    """Put rollouts on file as the stage does: what was generated."""
+    """Write rollouts to files as the stage does."""
     generations = {i: Generation(np.array(r.ids, np.int32), r.finish_reason) for i, r in rollouts.items()}
     paths.rollouts.parent.mkdir(exist_ok=True)
     write_generations(paths.rollouts, generations)
@@ -281,7 +281,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 def optim(**changes: Any) -> OptimConfig:
-    """How a small model steps."""
+    """Optimizer settings for a small model."""
     block = {
         "optimizer": "adamw", "steps": 8, "lr": 0.01, "coord_row_lr_factor": 1.0, "vision_lr_factor": 1.0,
         "projector_lr_factor": 1.0, "language_lr_factor": 1.0, "betas": (0.9, 0.95),
@@ -293,7 +293,7 @@ def optim(**changes: Any) -> OptimConfig:
 
 @dataclass(frozen=True, slots=True)
 class Workspace:
-    """The folders of the smoke profile in a temporary root, filled up to `pack`."""
+    """The folders of the smoke profile in a temporary root, with results up to `pack`."""
 
     params: Params
     profile: Profile
@@ -339,7 +339,7 @@ def workspace(tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def logs_of(micro: MicroBatch) -> dict[str, Any]:
-    """What a step of this one batch logs, without what never repeats."""
+    """The log of one step on this batch, without timings."""
     row = gathered_row(merge_rows([dict(micro.logs)]))
     return {name: value for name, value in row.items() if not name.startswith("time/")}
 
@@ -358,7 +358,7 @@ def token_logprobs(
 
 
 def on_meta(config: Qwen3VLConfig) -> Qwen3VLForConditionalGeneration:
-    """The model without memory for its weights: every shape is right, nothing can be computed."""
+    """The model on the meta device: all shapes are correct, but nothing can be computed."""
     with torch.device("meta"):
         model = Qwen3VLForConditionalGeneration(config)
     model.tie_weights()  # a tied head shares the embedding, also here, and counts once

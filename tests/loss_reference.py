@@ -1,4 +1,4 @@
-"""The terms of the objective as a textbook has them, on stored logits; and the registry's on the same numbers."""
+"""Textbook versions of the loss terms on stored logits, and the registry's versions on the same numbers."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 DEEP = "[" * 5000 + "]" * 5000
-# Values of every type and of awkward sizes, one of which takes the place of another.
+# Replacement values of every type and of unusual sizes.
 ODD: tuple[Any, ...] = (
     *(None, True, False, 0, -1, 1, 3, 10**25, 0.5, -2.5, 1e308, 1e-320),
     *("", "x", "1", "0.9", "true", "../x", "/etc/passwd", "\x00", "\x1b[2J", "ż" * 300, "a\nb"),
@@ -48,7 +48,7 @@ def mutated(tree: Any, rng: random.Random, faults: int = 1) -> Any:
 
 
 def damaged(content: bytes, rng: random.Random) -> bytes:
-    """The bytes of a text file, cut, flipped, in another encoding, or with what no reader expects among them."""
+    """The bytes of a text file: truncated, with flipped bits, in another encoding, or with unexpected content."""
     at = rng.randrange(len(content) + 1)
     match rng.randrange(9):
         case 0:

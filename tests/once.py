@@ -1,4 +1,4 @@
-"""What one run of the test-suite makes once for all of its workers."""
+"""Artifacts that a run of the test suite makes once for all of its workers."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def run_process() -> int:
 
 
 def made_once(folder: Path, make: Callable[[Path], object]) -> Path:
-    """A folder with what `make` puts there: the worker that comes first calls it, and the others wait.
+    """A folder filled by `make`: the first worker calls it, and the others wait.
 
     Raises:
-        RuntimeError: it failed, here or in another worker; nobody tries again.
+        RuntimeError: it failed, here or in another worker; it is not tried again.
     """
     folder.mkdir(parents=True, exist_ok=True)
     done, failed = folder / "made", folder / "failed"

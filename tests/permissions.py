@@ -15,7 +15,7 @@ VERSION, WORDS, DAC_OVERRIDE = 0x20080522, 6, 1 << 1
 
 @contextmanager
 def permissions_hold() -> Iterator[None]:
-    """Root writes wherever it wants; in this block this thread does not."""
+    """Make permissions effective for this thread within the block, even for root."""
     if os.geteuid() != 0:
         yield
         return

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from toyworld.tokenizer import CHAT_TEMPLATE, QWEN_SPECIAL_TOKENS
 
-# Ids 151657..151668, behind those that the embedded tokenizer has too. Only the first column is special.
+# Ids 151657..151668, after those that the embedded tokenizer has, too. Only the first column is special.
 MORE_TOKENS = (
     (False, "<tool_call>"), (False, "</tool_call>"), (False, "<|fim_prefix|>"), (False, "<|fim_middle|>"),
     (False, "<|fim_suffix|>"), (False, "<|fim_pad|>"), (False, "<|repo_name|>"), (False, "<|file_sep|>"),
@@ -30,7 +30,7 @@ SPLIT = (
 
 
 def qwen3_tokenizer() -> PreTrainedTokenizerFast:
-    """A fresh Qwen3 tokenizer of 151,669 tokens; skips the test where the ranks are not installed."""
+    """A new Qwen3 tokenizer with 151,669 tokens; skips the test if the ranks are not installed."""
     core = Tokenizer.from_str(_serialised())
     return PreTrainedTokenizerFast(
         tokenizer_object=core,

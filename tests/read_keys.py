@@ -1,4 +1,4 @@
-"""Which keys of params.yaml and of the profile a stage asks its parameters for while it runs."""
+"""Record the keys of params.yaml and of the profile that a stage reads while it runs."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ Key = tuple[str, str]  # PARAMS_FILE or PROFILE_FILE, dotted key
 
 
 class Recorder:
-    """Notes the keys that are read of blocks under watch: one by one, or all of a block that is dumped or pickled."""
+    """Records the keys read from observed blocks: one by one, or all keys of a block that is dumped or pickled."""
 
     def __init__(self) -> None:
         self.keys: set[Key] = set()
         self._places: dict[int, tuple[Block, str, str]] = {}  # keeps the block: its id must stay its own
 
     def run(self, stage: Callable[..., None]) -> Callable[..., None]:
-        """The stage, with parameters under watch."""
+        """Run the stage with observed parameters."""
 
         def run(context: RunConfig, *names: str) -> None:
             self._watch(context.params, PARAMS_FILE, "")
@@ -37,7 +37,7 @@ class Recorder:
         self._places[id(block)] = (block, file, prefix)
 
     def read(self, block: Block, name: str, value: Any) -> None:
-        """A field was asked for."""
+        """A field was read."""
         if id(block) not in self._places:
             return
         _, file, prefix = self._places[id(block)]
@@ -47,20 +47,20 @@ class Recorder:
             self.keys.add((file, prefix + name))
 
     def read_all(self, block: Block, dumped: dict[str, Any]) -> None:
-        """Everything that was dumped of a block was asked for."""
+        """All dumped fields of a block were read."""
         if id(block) in self._places:
             _, file, prefix = self._places[id(block)]
             self.keys.update((file, prefix + key) for key, _ in leaves(dumped))
 
     def copied(self, block: Block, copy: Block) -> None:
-        """The copy of a block under watch is so too."""
+        """The copy of an observed block is observed, too."""
         if id(block) in self._places:
             self._watch(copy, *self._places[id(block)][1:])
 
 
 @contextmanager
 def recording() -> Iterator[Recorder]:
-    """Every block of parameters tells the recorder what is asked of it."""
+    """Let every parameter block report reads to the recorder."""
     recorder = Recorder()
     dump, copy, get_state = Block.model_dump, Block.model_copy, Block.__getstate__
 

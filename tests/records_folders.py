@@ -1,4 +1,4 @@
-"""Small folders of generated pictures in every format, and their conversion."""
+"""Small folders of generated images in every format, and their conversion."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NAMES = ("person", "traffic light", "cat", "red mug")
 
 
 def picture(index: int, width: int = 64, height: int = 48) -> Image.Image:
-    """Smooth colours that differ from index to index."""
+    """An image with smooth colors that depend on the index."""
     y, x = np.mgrid[0:height, 0:width]
     rng = np.random.default_rng(index)
     waves = [np.sin(x * a + y * b + c) for a, b, c in rng.uniform(0.02, 0.3, (3, 3))]
@@ -43,7 +43,7 @@ def instances(images: Sequence[dict[str, Any]], annotations: Sequence[dict[str, 
 
 
 def write_split(root: Path, split: str, first: int, count: int, extra: Sequence[dict[str, Any]] = ()) -> None:
-    """`count` pictures with ids first, first + 1, ...; each with two objects of two names, plus `extra` annotations."""
+    """`count` images with ids first, first + 1, ...; each with two objects of two names, plus `extra` annotations."""
     (root / split).mkdir(parents=True, exist_ok=True)
     (root / "annotations").mkdir(exist_ok=True)
     images, annotations = [], list(extra)
@@ -69,14 +69,14 @@ def edit(root: Path, split: str, **changes: Any) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Annotated:
-    """A picture with objects: name, box in whole pixels, and whether it is a crowd (in VOC: difficult)."""
+    """An image with objects: name, box in whole pixels, and whether it is a crowd (in VOC: difficult)."""
 
     name: str  # of its file
     size: tuple[int, int]
     objects: tuple[tuple[str, tuple[int, int, int, int], bool], ...]
 
 
-# Where the pictures of a split lie, and what the annotation file is called.
+# The image folder of a split, and the name of its annotation file.
 LAYOUTS = {
     "coco": ("{split}2017", "annotations/instances_{split}2017.json"),
     "objects365": ("{split}", "zhiyuan_objv2_{split}.json"),
@@ -92,13 +92,13 @@ LAYOUTS = {
     "hub": (".", "data/{split}-*.parquet"),
     "conversations": ("pictures", "{split}.jsonl"),
 }
-QUESTIONS = {"refcoco": ("train2014", "refs(unc).json")}  # a record for each expression, not for each picture
+QUESTIONS = {"refcoco": ("train2014", "refs(unc).json")}  # one record per expression, not per image
 HOLDS_CROWDS = LAYOUTS.keys() - {"visual_genome", "yolo", "labelme", "cvat", "conversations"}
-LEAVES_OUT_EMPTY = {"open_images"}  # pictures without an object are in no file
+LEAVES_OUT_EMPTY = {"open_images"}  # images without an object are in no file
 
 
 def write_annotations(fmt: str, root: Path, split: str, pictures: Sequence[Annotated]) -> None:
-    """The annotations of a split as a publisher of the format lays them out."""
+    """Write the annotations of a split in the layout of the format's publisher."""
     file = root / LAYOUTS[fmt][1].format(split=split)
     file.parent.mkdir(parents=True, exist_ok=True)
     if fmt == "jsonl":
@@ -289,7 +289,7 @@ _WRITERS = {
 
 
 def write_photos(fmt: str, root: Path, counts: Mapping[str, int], size: tuple[int, int] = (64, 48)) -> None:
-    """Pictures with their annotations, each with a cat on the left and a mug or a person on the right."""
+    """Images with their annotations, each with a cat on the left and a mug or a person on the right."""
     if fmt == "refcoco":
         return _write_refs(root, counts, size)
     for split, count in counts.items():
@@ -309,7 +309,7 @@ def write_photos(fmt: str, root: Path, counts: Mapping[str, int], size: tuple[in
 
 
 def _write_refs(root: Path, counts: Mapping[str, int], size: tuple[int, int]) -> None:
-    """Expressions for the cat of each picture, and for what is on its right."""
+    """Expressions for the cat in each image, and for the object on its right."""
     write_photos("coco", root, counts, size)
     images, annotations, refs = [], [], []
     (root / "train2014").mkdir(exist_ok=True)
@@ -355,7 +355,7 @@ def records_config(**changes: Any) -> RecordsConfig:
 def kept(
     reading: Reading, size: tuple[int, int] | None = None, split: str = "train", prompt: str = "open", **policies: Any
 ) -> RecordSet:
-    """The records of a reading, as if every image were there in its annotated size, or in the given one."""
+    """The records of a reading, as if every image existed in its annotated size, or in the given one."""
     loaded, _ = reading.loaded()
     facts = {}
     for image in loaded.images:
@@ -366,6 +366,6 @@ def kept(
 
 
 def converted(folder: Path, sets: Mapping[str, DatasetConfig], decode: bool = False, **config: Any) -> Converted:
-    """The sets by way of a manifest in `folder`, as the raw and convert stages do it."""
+    """Convert the sets through a manifest in `folder`, as the raw and convert stages do."""
     write_manifest(folder / "raw", sets, decode, workers=2)
     return convert_datasets(folder / "raw", records_config(**config), seed=17)

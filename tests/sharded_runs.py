@@ -1,10 +1,10 @@
-"""Run by torchrun in a test: training stages one after another in the same processes, as a list in a file says.
+"""Started by torchrun in a test: runs the training stages of a list one after another in the same processes.
 
     torchrun --nproc-per-node 2 tests/sharded_runs.py runs.json
 
-Each entry names a workspace, a stage, parameters, keys of the profile, and of how many nodes the processes say to be;
-`stop_in` is a step in which process 1 is sent SIGTERM. It leaves `held.json` with the share of the weights and moments
-that each process held.
+Each entry has a workspace, a stage, parameters, keys of the profile, and the number of nodes to simulate; `stop_in` is
+a step in which process 1 receives SIGTERM. The run writes `held.json` with the fraction of weights and moments that
+each process held.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def watch_memory() -> None:
-    """Note the share of numbers that this process holds after each step, of weights and moments."""
+    """Record the fraction of weights and moments that this process holds after each step."""
     clipped = loop._clipped_norm
 
     def noting(model, limit):
@@ -69,7 +69,7 @@ ORIGINALS = {kind: kind.micro_batches for kind in (TeacherTask, Stage2Task)}
 
 
 def answer_in_memory(_profile, _form, folder, image_root, batch_images, samples, request):
-    """In place of servers: the checkpoint that they would be given answers."""
+    """In place of servers: the checkpoint that they would serve generates in memory."""
     engine = HfEngine(load_checkpoint(folder), image_root, batch_images)
     return engine.generate(samples, request), None, 0.0
 

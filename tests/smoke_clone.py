@@ -1,4 +1,4 @@
-"""A temporary repository with this working tree in it, where tests run the graph of the smoke profile."""
+"""A temporary repository with this working tree, in which tests run the graph of the smoke profile."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ class Clone:
     warm: Path | None = None
 
     def run(self, *command: str) -> subprocess.CompletedProcess[str]:
-        """Run a command in the clone to its end; stderr is merged into stdout."""
+        """Run a command in the clone and wait for it; stderr is merged into stdout."""
         with self.start(*command) as process:
             output, _ = process.communicate()
         return subprocess.CompletedProcess(command, process.returncode, output)
 
     @property
     def environment(self) -> dict[str, str]:
-        """Of a user with an empty home."""
+        """The environment of a user with an empty home folder."""
         front = [str(folder) for folder in (self.warm, Path(sys.executable).parent) if folder]
         return {
             "PATH": os.pathsep.join([*front, os.environ["PATH"]]),
@@ -77,7 +77,7 @@ class Clone:
         self.succeed("git", "commit", "--quiet", "--message", message)
 
     def copy(self, folder: Path) -> Clone:
-        """Another clone with the same files, results and history, for a test to do with as it likes."""
+        """Another clone with the same files, results and history, which a test may modify."""
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copytree(self.root, folder / "clone", symlinks=True, copy_function=_copied)
         shutil.copytree(self.home, folder / "home", symlinks=True, ignore=shutil.ignore_patterns("dvc"))
@@ -85,7 +85,7 @@ class Clone:
 
 
 def _copied(source: str, target: str) -> None:
-    """Share what nobody writes into, the files of the DVC cache; copy all else with its times."""
+    """Share the files of the DVC cache, which are never modified; copy all others with their times."""
     if f"{os.sep}.dvc{os.sep}cache{os.sep}files{os.sep}" in source:
         os.link(source, target)
     else:

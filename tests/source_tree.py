@@ -1,4 +1,4 @@
-"""What imports what, read from the source files without running them."""
+"""The import graph, read from the source files without running them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training stages as processes of their own, started as DVC does; and their logs compared."""
+"""Run training stages as separate processes, as DVC does, and compare their logs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ EXACT = {"precision": "fp32", "optimizer": "adamw", "lr": 1e-4}
 
 
 def add_rollouts(space: Workspace, world: World) -> None:
-    """Put rollouts, one of which does not parse, and stage 2's compute on file."""
+    """Write rollouts, one of which does not parse, and the compute of stage 2."""
     checkpoint = load_checkpoint(space.paths.run("stage1"))
     put_rollouts(space.paths, teacher_rollouts(checkpoint, world))
     write_sealed(space.paths.run("stage2-compute.json"), {"steps": 4, "tokens": 2000, "rollout_tokens": 3000})
@@ -33,7 +33,7 @@ def add_rollouts(space: Workspace, world: World) -> None:
 
 @pytest.fixture
 def ready(workspace: Workspace, world: World, warm: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:
-    """A workspace in which each stage can run, each process forked from one that has imported torch."""
+    """A workspace in which every stage can run; its processes are forked from one that has imported torch."""
     monkeypatch.setenv("PATH", f"{warm}{os.pathsep}{os.environ['PATH']}")
     add_rollouts(workspace, world)
     return workspace
@@ -105,13 +105,13 @@ def trace(ready: Workspace, stage: str) -> list[dict[str, Any]]:
 def assert_alike(
     found: Sequence[Mapping[str, Any]], expected: Sequence[Mapping[str, Any]], within: float = 1e-5
 ) -> None:
-    """The same rows, numbers as near as that; quantiles are left out, since an error may lie in the next cell."""
+    """Assert equal rows within a tolerance; quantiles are skipped, because an error may fall into the next cell."""
     assert [row.keys() for row in found] == [row.keys() for row in expected]
     for row, wanted in zip(found, expected, strict=True):
         for name, value in wanted.items():
             if isinstance(value, str):
                 assert row[name] == value
             elif not name.endswith("_p90"):
-                # The logarithm of a side of a tenth of a bin magnifies a rounding ten thousand times.
+                # The logarithm of a side of a tenth of a bin magnifies a rounding error ten thousand times.
                 near = max(within, 1e-3) if name == "raw/bbox_log_wh" else within
                 assert row[name] == pytest.approx(value, rel=near, abs=near), (wanted["step"], name)

@@ -1,4 +1,4 @@
-"""A terminal for programs that look whether they write to one."""
+"""A pseudo-terminal for programs that behave differently on a terminal."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def on_a_terminal(script: str, repository: Path) -> str:
-    """What a program writes whose stdout and stderr are one terminal."""
+    """The output of a program whose stdout and stderr are one terminal."""
     ours, its = pty.openpty()
     environment = os.environ | {"PYTHONPATH": str(repository / "src"), "TERM": "xterm", "COLUMNS": "100"}
     with subprocess.Popen([sys.executable, "-c", script], stdout=its, stderr=its, env=environment) as process:

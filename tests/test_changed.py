@@ -1,4 +1,4 @@
-"""What `make quick` runs: the tests near to a change, and nothing after its time is over."""
+"""`make quick` runs the tests relevant to a change, and starts none after its time limit."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import changed
 
 
-def test_named_after_a_module_comes_before_what_imports_it_and_rules_come_last() -> None:
+def test_order_is_tests_of_the_module_then_importers_then_invariants() -> None:
     found = changed.tests_of([Path("src/coordexp/matching/matcher.py"), Path("tests/text/test_codecs.py")])
     places = [found.index(Path("tests") / name) for name in ("text/test_codecs.py", "matching/test_matcher.py")]
     assert places == [0, 1]
@@ -30,11 +30,11 @@ def test_named_after_a_module_comes_before_what_imports_it_and_rules_come_last()
         ("configs/smoke.yaml", "tests/graph/test_smoke.py"),  # names it
     ],
 )
-def test_a_changed_file_has_its_tests(file: str, test: str) -> None:
+def test_every_changed_file_has_tests(file: str, test: str) -> None:
     assert Path(test) in changed.tests_of([Path(file)])
 
 
-def test_files_that_differ_from_a_branch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_changed_files_are_those_that_differ_from_a_branch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def git(*words: str) -> None:
         identity = ["-c", "user.name=test", "-c", "user.email=test@localhost"]
         subprocess.run(["git", *identity, *words], cwd=tmp_path, check=True, capture_output=True)
@@ -58,7 +58,7 @@ def test_files_that_differ_from_a_branch(tmp_path: Path, monkeypatch: pytest.Mon
         changed.changed_files("no-branch")
 
 
-def test_what_would_begin_after_the_time_is_skipped() -> None:
+def test_tests_that_would_start_after_the_deadline_are_skipped() -> None:
     changed.Deadline(3600).pytest_runtest_setup()
     with pytest.raises(pytest.skip.Exception, match="make test runs it"):
         changed.Deadline(0).pytest_runtest_setup()

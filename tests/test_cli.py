@@ -1,4 +1,4 @@
-"""The command line, run as a user does: output, files, exit codes, and messages instead of tracebacks."""
+"""The command line as a user runs it: output, files, exit codes, and messages instead of tracebacks."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with one composed scene and a file that is no image."""
+    """A folder with one composed scene and a file that is not an image."""
     source = SCENES.model_copy(
         update={"min_side_px": 96, "max_side_px": 96, "max_objects": 2, "held_out": NOTHING_HELD_OUT}
     )
@@ -92,7 +92,7 @@ def half_right(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def coco(tmp_path: Path) -> SimpleNamespace:
-    """Three images; a crowd region, a box that reaches out of its image and one that lies outside."""
+    """Three images with a crowd region, a box that extends beyond its image, and a box outside its image."""
     images = tmp_path / "images"
     images.mkdir()
     for name in ("1.png", "2.png", "3.png"):
@@ -119,7 +119,7 @@ def coco(tmp_path: Path) -> SimpleNamespace:
     return SimpleNamespace(source=source, annotations=annotations, images=images, out=out, arguments=arguments)
 
 
-def test_help_loads_nothing_heavy(repository: Path) -> None:
+def test_help_imports_no_heavy_library(repository: Path) -> None:
     heavy = ("torch", "transformers", "numpy", "pydantic", "matplotlib", "PIL", "rich.console")
     script = f"import sys, coordexp.cli; print(*sorted(set({heavy!r}) & sys.modules.keys()))"
     environment = {"PYTHONPATH": str(repository / "src")}
@@ -134,14 +134,14 @@ def test_help_and_version(run: Run) -> None:
     assert run("--version").out == f"coordexp {__version__}\n"
 
 
-def test_the_token_budget_is_the_detectors_own() -> None:
+def test_the_default_token_budget_equals_that_of_the_detector() -> None:
     from coordexp.detector import MAX_NEW_TOKENS
 
     assert inspect.signature(cli.predict).parameters["max_new_tokens"].default == MAX_NEW_TOKENS
 
 
 @pytest.mark.parametrize("on_terminal", [False, True])
-def test_predict_prints_json_on_stdout_alone(
+def test_predict_prints_only_json_on_stdout(
     run: Run, checkpoint: Path, scene: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_terminal: bool
 ) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: on_terminal, raising=False)
@@ -155,11 +155,11 @@ def test_predict_prints_json_on_stdout_alone(
         assert (row["width"], row["height"]) == image.size
         assert (drawn.width % image.width, drawn.height % image.height) == (0, 0)
     # The weights are random. rich folds long lines on a terminal.
-    assert "the answer is no list of objects" in " ".join(done.err.split())
+    assert "the answer is not a list of objects" in " ".join(done.err.split())
 
 
 class FakeDetector:
-    """Finds a cat and a red mug in every picture."""
+    """Finds a cat and a red mug in every image."""
 
     def __init__(self, parse: ParseReport) -> None:
         self.parse = parse
@@ -192,7 +192,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeDetector:
     return detector
 
 
-def test_predict_lists_what_it_found(run: Run, fake: FakeDetector, scene: Path) -> None:
+def test_predict_lists_the_objects(run: Run, fake: FakeDetector, scene: Path) -> None:
     done = run("predict", scene, "--checkpoint", "any")
     assert done.out.splitlines() == [
         f"{scene}: 100 x 100 px, 2 objects",
@@ -204,7 +204,7 @@ def test_predict_lists_what_it_found(run: Run, fake: FakeDetector, scene: Path) 
 
 @pytest.fixture
 def two(scene: Path, tmp_path: Path) -> list[Path]:
-    """Two pictures in a folder of their own."""
+    """Two images in a separate folder."""
     paths = [tmp_path / "two" / name for name in ("a.png", "b.png")]
     paths[0].parent.mkdir()
     for path in paths:
@@ -212,7 +212,7 @@ def two(scene: Path, tmp_path: Path) -> list[Path]:
     return paths
 
 
-def test_predict_resumes_and_shows_all_that_was_asked_for(
+def test_predict_resumes_and_shows_reused_answers_too(
     run: Run, fake: FakeDetector, two: list[Path], tmp_path: Path
 ) -> None:
     out, coco, drawn = tmp_path / "out.jsonl", tmp_path / "coco.json", tmp_path / "drawn"
@@ -229,7 +229,7 @@ def test_predict_resumes_and_shows_all_that_was_asked_for(
     assert run("predict", two[0], "--checkpoint", "another", "--out", out).code == 2
 
 
-def test_the_log_holds_whole_answers_whatever_is_shown(
+def test_the_log_has_complete_answers_regardless_of_filters(
     run: Run, fake: FakeDetector, two: list[Path], tmp_path: Path
 ) -> None:
     arguments = ("predict", *two, "--checkpoint", "any", "--out", tmp_path / "out.jsonl", "--json")
@@ -237,30 +237,30 @@ def test_the_log_holds_whole_answers_whatever_is_shown(
     done = run(*arguments)
     assert [len(json.loads(line)["objects"]) for line in done.out.splitlines()] == [2, 2]
     assert len(fake.asked) == 2
-    assert run(*arguments, "--classes", "dog").err.endswith("nothing was called dog; the model found cat, red mug.\n")
+    assert run(*arguments, "--classes", "dog").err.endswith("no object is labeled dog; the model found cat, red mug.\n")
 
 
-def test_answers_that_no_longer_hold_are_asked_again(
-    run: Run, fake: FakeDetector, two: list[Path], tmp_path: Path
-) -> None:
+def test_outdated_answers_are_predicted_again(run: Run, fake: FakeDetector, two: list[Path], tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
     arguments = ("predict", *two, "--checkpoint", "any", "--out", out)
     run(*arguments)
     Image.new("RGB", (8, 8)).save(two[1])
-    assert "1 of 2 images are in out.jsonl, but are asked again: picture changed" in run(*arguments).err.replace(
+    assert "1 of 2 images are in out.jsonl, but are predicted again: image changed" in run(*arguments).err.replace(
         f"{tmp_path}/", ""
     )
     fake.source = AnswerSource("weights", {"max_new_tokens": 64})
     done = run("predict", two[0], "--checkpoint", "any", "--out", out)
-    assert "asked again: settings changed: max_new_tokens" in done.err
-    assert "also holds 1 answers of another checkpoint or other settings" in done.err
+    assert "predicted again: settings changed: max_new_tokens" in done.err
+    assert "also holds 1 answers from another checkpoint or other settings" in done.err
     fake.source = AnswerSource("others", {"max_new_tokens": 64})
-    assert run(*arguments).err.count("asked again: checkpoint changed") == 2
+    assert run(*arguments).err.count("predicted again: checkpoint changed") == 2
     assert fake.asked == ["a.png", "b.png", "b.png", "a.png", "a.png", "b.png"]
     assert sorted(json.loads(line)["image"] for line in out.read_text().splitlines()) == [str(path) for path in two]
 
 
-def test_a_log_that_was_edited_is_named(run: Run, fake: FakeDetector, two: list[Path], tmp_path: Path) -> None:
+def test_an_edited_log_is_an_error_that_names_the_line(
+    run: Run, fake: FakeDetector, two: list[Path], tmp_path: Path
+) -> None:
     out = tmp_path / "out.jsonl"
     run("predict", *two, "--checkpoint", "any", "--out", out)
     out.write_text(out.read_text().replace('"score": 0.9', '"score": "high"'))
@@ -270,14 +270,14 @@ def test_a_log_that_was_edited_is_named(run: Run, fake: FakeDetector, two: list[
 
 @pytest.fixture
 def three(two: list[Path]) -> list[Path]:
-    """The same with a file between them that was cut."""
+    """The same with a truncated file between them."""
     cut = two[0].with_name("aa.png")
     cut.write_bytes(two[0].read_bytes()[:200])
     return [two[0], cut, two[1]]
 
 
 @pytest.mark.usefixtures("fake")
-def test_an_unreadable_picture_stops_after_those_before_it(run: Run, three: list[Path], tmp_path: Path) -> None:
+def test_an_unreadable_image_stops_after_the_images_before_it(run: Run, three: list[Path], tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
     done = run("predict", *three, "--checkpoint", "any", "--out", out)
     assert (done.code, "aa.png: cannot be read as an image" in done.err) == (2, True)
@@ -285,7 +285,7 @@ def test_an_unreadable_picture_stops_after_those_before_it(run: Run, three: list
     assert [json.loads(line)["image"] for line in out.read_text().splitlines()] == [str(three[0])]
 
 
-def test_an_unreadable_picture_is_skipped_with_its_reason(
+def test_an_unreadable_image_is_skipped_with_its_reason(
     run: Run, fake: FakeDetector, three: list[Path], tmp_path: Path
 ) -> None:
     out, coco, drawn = tmp_path / "out.jsonl", tmp_path / "coco.json", tmp_path / "drawn"
@@ -301,26 +301,26 @@ def test_an_unreadable_picture_is_skipped_with_its_reason(
     assert len(json.loads(coco.read_text())["images"]) == len(list(drawn.iterdir())) == 2
     with pytest.raises(DataError, match="1 of 3 images have no answer"):
         read_rows(out)
-    three[1].write_bytes(three[0].read_bytes())  # mended: asked again, and nothing else
+    three[1].write_bytes(three[0].read_bytes())  # fixed: only this image is predicted again
     done = run(*arguments)
     assert (done.code, fake.asked[-1], len(fake.asked)) == (0, "aa.png", 4)
     assert len(read_rows(out)) == 3
 
 
-def test_predict_filters_by_name(run: Run, fake: FakeDetector, scene: Path) -> None:
+def test_predict_filters_by_label(run: Run, fake: FakeDetector, scene: Path) -> None:
     done = run("predict", scene, "--checkpoint", "any", "--json", "--classes", "Red Mug, catt")
     assert [o["desc"] for o in json.loads(done.out)["objects"]] == ["red mug"]
-    assert done.err == "note: nothing was called catt; the model found cat, red mug.\n"
+    assert done.err == "note: no object is labeled catt; the model found cat, red mug.\n"
 
 
-def test_predict_says_what_it_could_not_use(run: Run, fake: FakeDetector, scene: Path) -> None:
+def test_predict_reports_unusable_parts_of_an_answer(run: Run, fake: FakeDetector, scene: Path) -> None:
     fake.parse = ParseReport(container_found=True, n_valid=2, dropped={"malformed": 2}, truncated=True)
     done = run("predict", scene, "--checkpoint", "any")
-    assert "the answer was cut (--max-new-tokens 512)" in done.err
+    assert "the answer was truncated (--max-new-tokens 512)" in done.err
     assert "2 invalid objects dropped (malformed 2)" in done.err
 
 
-def test_predict_takes_folders_and_globs(run: Run, fake: FakeDetector, scene: Path, tmp_path: Path) -> None:
+def test_predict_accepts_folders_and_glob_patterns(run: Run, fake: FakeDetector, scene: Path, tmp_path: Path) -> None:
     for name in ("a/x.jpg", "b/x.PNG", "b/y.webp"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         Image.new("RGB", (100, 100)).save(tmp_path / name)
@@ -332,7 +332,7 @@ def test_predict_takes_folders_and_globs(run: Run, fake: FakeDetector, scene: Pa
     assert sorted(p.name for p in out.iterdir()) == ["x-2.png", "x.png", "y.png"]
 
 
-def test_progress_is_plain_lines_in_a_log(run: Run, fake: FakeDetector, tmp_path: Path) -> None:
+def test_progress_in_a_log_is_plain_lines(run: Run, fake: FakeDetector, tmp_path: Path) -> None:
     for i in range(20):
         Image.new("RGB", (8, 8)).save(tmp_path / f"{i:02d}.png")
     done = run("predict", tmp_path, "--checkpoint", "any", "--json")
@@ -340,7 +340,7 @@ def test_progress_is_plain_lines_in_a_log(run: Run, fake: FakeDetector, tmp_path
     assert done.err.splitlines() == [f"predict: {n} of 20" for n in range(2, 21, 2)]
 
 
-def test_drawings_never_replace_images(run: Run, fake: FakeDetector, scene: Path) -> None:
+def test_drawings_never_replace_input_images(run: Run, fake: FakeDetector, scene: Path) -> None:
     before = scene.read_bytes()
     for save in (scene, scene.parent):
         assert "would replace the image" in run("predict", scene, "--checkpoint", "any", "--save", save).err
@@ -363,7 +363,7 @@ def test_evaluate_writes_every_metric_and_prints_a_few(run: Run, half_right: Pat
     assert shown.keys() >= {key for key in view("printed", STANDARD) if not key.startswith("lvis.")} - undefined
 
 
-def test_answers_that_loop_are_named_before_any_number(run: Run, half_right: Path, tmp_path: Path) -> None:
+def test_looping_answers_are_reported_before_any_number(run: Run, half_right: Path, tmp_path: Path) -> None:
     rows = [json.loads(line) for line in half_right.read_text(encoding="utf-8").splitlines()]
     looping = tmp_path / "looping.jsonl"
     for row in rows:
@@ -413,19 +413,19 @@ def test_evaluate_writes_tables(run: Run, half_right: Path, tmp_path: Path) -> N
     assert len(json.loads((tmp_path / "tables" / "per_image.json").read_text(encoding="utf-8"))) == 4
 
 
-def test_compare_shows_the_difference_and_where_it_lies(run: Run, half_right: Path, tmp_path: Path) -> None:
+def test_compare_shows_the_difference_and_the_changed_images(run: Run, half_right: Path, tmp_path: Path) -> None:
     better = tmp_path / "better.jsonl"
     extra = {3: [found("cat", CAT), found("dog", DOG)]}
     write_results(better, [result(i, extra.get(i, [found("cat", CAT)])) for i in range(1, 5)])
     done = run("compare", half_right, better)
     assert done.code == 0
     [row] = [line.split() for line in done.out.splitlines() if line.startswith("f1.full_50")]
-    # 5 of 8 objects without a false one: F1 = 10 / 13; before, 4 of 8: F1 = 8 / 12
+    # 5 of 8 objects without a false positive: F1 = 10 / 13; before, 4 of 8: F1 = 8 / 12
     assert row[1:4] == ["0.6667", "0.7692", f"{10 / 13 - 8 / 12:+.4f}"]
     assert done.out.splitlines()[-1].split() == ["3.jpg", "0.6667", "1.0000", "+0.3333"]
 
 
-def test_a_file_is_as_good_as_itself(run: Run, half_right: Path) -> None:
+def test_a_file_does_not_differ_from_itself(run: Run, half_right: Path) -> None:
     done = run("compare", half_right, half_right)
     [row] = [line.split() for line in done.out.splitlines() if line.startswith("coco.mAP")]
     assert row[:7] == ["coco.mAP", "0.5000", "0.5000", "+0.0000", "+0.0000", "..", "+0.0000"]
@@ -433,7 +433,7 @@ def test_a_file_is_as_good_as_itself(run: Run, half_right: Path) -> None:
     assert "most changed" not in done.out
 
 
-def test_compare_refuses_other_images(run: Run, half_right: Path, tmp_path: Path) -> None:
+def test_compare_refuses_files_of_different_images(run: Run, half_right: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.jsonl"
     write_results(other, [result(i, [found("cat", CAT)]) for i in range(2, 6)])
     done = run("compare", half_right, other)
@@ -441,7 +441,7 @@ def test_compare_refuses_other_images(run: Run, half_right: Path, tmp_path: Path
     assert "different images" in done.err
 
 
-def test_convert_counts_and_drops(run: Run, coco: SimpleNamespace) -> None:
+def test_convert_drops_and_counts_boxes(run: Run, coco: SimpleNamespace) -> None:
     done = run(*coco.arguments)
     assert done.code == 0
     records = list(read_records(coco.out))
@@ -479,7 +479,7 @@ def test_convert_stops_at_an_image_of_another_size(run: Run, coco: SimpleNamespa
     assert (done.code, "2.png is 48 x 64 px, annotated 64 x 48" in done.err) == (2, True)
 
 
-def test_convert_takes_boxes_in_the_frame_that_viewers_show(run: Run, coco: SimpleNamespace) -> None:
+def test_convert_expects_boxes_in_the_displayed_orientation(run: Run, coco: SimpleNamespace) -> None:
     """EXIF orientation 6: 48 x 64 px are stored and 64 x 48 shown; 64 x 48 are stored and 48 x 64 shown."""
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -491,8 +491,8 @@ def test_convert_takes_boxes_in_the_frame_that_viewers_show(run: Run, coco: Simp
     assert (done.code, "image_exif_rotated" in done.err) == (2, True)
 
 
-def test_convert_takes_other_formats(run: Run, tmp_path: Path) -> None:
-    """Image names are relative to --images whatever else lies around it."""
+def test_convert_reads_other_formats(run: Run, tmp_path: Path) -> None:
+    """Image names are relative to --images, regardless of the folders around it."""
     images, labels = tmp_path / "set" / "images" / "val", tmp_path / "set" / "labels" / "val"
     for folder in (images, labels):
         folder.mkdir(parents=True)
@@ -521,7 +521,7 @@ def test_convert_takes_other_formats(run: Run, tmp_path: Path) -> None:
         ({"images": [{"id": 1, "file_name": "1.png", "width": 0, "height": 48}]}, "image_size_invalid (0 x 48 px)"),
     ],
 )
-def test_convert_refuses_what_is_not_coco(
+def test_convert_refuses_files_that_are_not_coco(
     run: Run, coco: SimpleNamespace, change: dict[str, Any], message: str
 ) -> None:
     coco.annotations.write_text(json.dumps(coco.source | change), encoding="utf-8")
@@ -549,7 +549,7 @@ def test_convert_refuses_what_is_not_coco(
         (["convert", "--source", "powerpoint"], "'coco', 'lvis'"),
     ],
 )
-def test_errors_are_messages(
+def test_user_errors_are_messages_without_traceback(
     run: Run, arguments: list[str], message: str, checkpoint: Path, scene: Path, half_right: Path, tmp_path: Path
 ) -> None:
     empty, blank, unscored = tmp_path / "empty", tmp_path / "blank.jsonl", tmp_path / "unscored.jsonl"

@@ -1,4 +1,4 @@
-"""The detector: the same answer from every kind of picture, boxes in the pixels of the original, refusals by name."""
+"""The detector: the same result for every type of image, boxes in original pixels, errors with names."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = build_tiny(tokenizer, seed=3)
     add_coordinate_tokens(model, tokenizer, "ordinal", seed=3)
     save_model(folder, model, tokenizer)
-    # Answers are scripted, so the distributions of the random weights say nothing about them.
+    # Answers are scripted, so the distributions of the random weights do not match them.
     return saying(folder, box="argmax", score="coord_logprob")
 
 
@@ -72,7 +72,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Path:
 
 
 class ScriptedEngine:
-    """Answers every picture with the same two objects, and remembers what it was shown."""
+    """Answers every image with the same two objects, and records its inputs."""
 
     def __init__(self, codec: str = "json") -> None:
         self.codec = codec
@@ -115,7 +115,7 @@ def saying(folder: Path, target: Path | None = None, **changes: object) -> Path:
     return target
 
 
-def test_files_images_and_arrays_get_the_same_answer(folder: Path, scene: Path) -> None:
+def test_files_pil_images_and_arrays_give_the_same_result(folder: Path, scene: Path) -> None:
     detector = Detector.from_checkpoint(folder, max_new_tokens=8, batch_images=2)
     with Image.open(scene) as opened:
         image = opened.copy()
@@ -128,7 +128,7 @@ def test_files_images_and_arrays_get_the_same_answer(folder: Path, scene: Path) 
     assert answers[0].raw_text != shorter.raw_text
 
 
-def test_boxes_are_pixels_of_the_original_picture(folder: Path, engine: ScriptedEngine) -> None:
+def test_boxes_are_in_pixels_of_the_original_image(folder: Path, engine: ScriptedEngine) -> None:
     big, small = np.full((900, 1200, 3), 90, np.uint8), np.full((100, 120, 3), 90, np.uint8)
     for found, picture in zip(Detector.from_checkpoint(folder).predict([big, small]), (big, small), strict=True):
         half_bin_px = np.tile([picture.shape[1], picture.shape[0]], 2) / 2000
@@ -145,7 +145,7 @@ def test_exif_orientation_is_applied(folder: Path, tmp_path: Path, engine: Scrip
     pixels = np.zeros((96, 128, 3), np.uint8)
     pixels[:, :64] = 255  # the left half is white
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned clockwise for display: the left half becomes the upper one
+    exif[0x0112] = 6  # rotated clockwise for display: the left half becomes the upper one
     path = tmp_path / "turned.png"
     Image.fromarray(pixels).save(path, exif=exif)
     with Image.open(path) as image:
@@ -157,7 +157,7 @@ def test_exif_orientation_is_applied(folder: Path, tmp_path: Path, engine: Scrip
         assert seen[68:].max() == 0
 
 
-def test_no_pictures_no_answers(folder: Path) -> None:
+def test_an_empty_input_gives_an_empty_result(folder: Path) -> None:
     assert Detector.from_checkpoint(folder).predict([]) == []
 
 
@@ -172,12 +172,12 @@ def test_no_pictures_no_answers(folder: Path) -> None:
         (Image.new("F", (40, 40)), "PIL image of mode F: .*no known range"),
     ],
 )
-def test_what_is_no_picture_is_refused(folder: Path, picture: Path | np.ndarray, message: str) -> None:
+def test_inputs_that_are_not_images_are_refused(folder: Path, picture: Path | np.ndarray, message: str) -> None:
     with pytest.raises(DataError, match=message):
         Detector.from_checkpoint(folder).predict([picture])
 
 
-def test_broken_files_are_named(folder: Path, scene: Path, tmp_path: Path) -> None:
+def test_errors_name_the_damaged_file(folder: Path, scene: Path, tmp_path: Path) -> None:
     text, half = tmp_path / "text.png", tmp_path / "half.png"
     text.write_text("not an image", encoding="utf-8")
     half.write_bytes(scene.read_bytes()[: scene.stat().st_size // 2])
@@ -186,9 +186,9 @@ def test_broken_files_are_named(folder: Path, scene: Path, tmp_path: Path) -> No
             Detector.from_checkpoint(folder).predict([scene, path])
 
 
-def test_a_folder_streams(folder: Path, scene: Path, tmp_path: Path, engine: ScriptedEngine) -> None:
-    """Answers come in order while pictures are taken, of which never more lie about than two parts; the answers before
-    a picture that cannot be read come before its error."""
+def test_results_of_a_folder_are_streamed(folder: Path, scene: Path, tmp_path: Path, engine: ScriptedEngine) -> None:
+    """Answers come in order while images are taken, of which never more lie about than two parts; the answers before
+    an image that cannot be read come before its error."""
     taken: list[int] = []
     (tmp_path / "broken.png").write_text("not an image", encoding="utf-8")
 
@@ -209,7 +209,7 @@ def test_a_folder_streams(folder: Path, scene: Path, tmp_path: Path, engine: Scr
     assert [sample.image_id for sample in engine.samples] == list(range(50))
 
 
-def test_several_processes_give_the_same_answers(folder: Path, scene: Path) -> None:
+def test_several_processes_give_the_same_results(folder: Path, scene: Path) -> None:
     with Image.open(scene) as image:
         pictures = [image.rotate(7 * i) for i in range(9)]
     options: dict[str, Any] = {"max_new_tokens": 12, "batch_images": 1}
@@ -221,7 +221,7 @@ def test_several_processes_give_the_same_answers(folder: Path, scene: Path) -> N
     assert len({found.raw_text for found in alone}) > 1
 
 
-def test_one_picture_gives_one_answer_and_a_list_a_list(folder: Path, scene: Path, engine: ScriptedEngine) -> None:
+def test_one_image_gives_one_result_and_a_list_gives_a_list(folder: Path, scene: Path, engine: ScriptedEngine) -> None:
     detector = Detector.from_pretrained(str(folder))
     with Image.open(scene) as image:
         for picture in (scene, str(scene), image, np.asarray(image.convert("RGB"))):
@@ -233,18 +233,18 @@ def test_one_picture_gives_one_answer_and_a_list_a_list(folder: Path, scene: Pat
 
 @pytest.mark.parametrize("picture", [None, 3, [None], b"a.png"])
 def test_other_types_are_refused(folder: Path, picture: object) -> None:
-    with pytest.raises(DataError, match=r"picture of type (NoneType|int): expected a file name"):
+    with pytest.raises(DataError, match=r"image of type (NoneType|int): expected a file name"):
         Detector.from_checkpoint(folder).predict(picture)  # type: ignore[call-overload]
 
 
-def test_checkpoints_are_named_by_strings_and_paths(folder: Path) -> None:
+def test_checkpoints_are_accepted_as_strings_and_paths(folder: Path) -> None:
     for name in (str(folder), folder, os.fspath(folder) + "/"):
         assert Detector.from_checkpoint(name).predict([]) == []
     with pytest.raises(CheckpointError, match=r"nowhere: no config\.json"):
         Detector.from_pretrained("nowhere")
 
 
-def test_the_package_gives_the_detector_and_loads_it_on_use(repository: Path) -> None:
+def test_the_package_exports_the_detector_and_loads_it_lazily(repository: Path) -> None:
     script = (
         "import sys, coordexp\n"
         "assert not {'torch', 'numpy', 'PIL'} & sys.modules.keys()\n"
@@ -257,7 +257,7 @@ def test_the_package_gives_the_detector_and_loads_it_on_use(repository: Path) ->
 
 
 def picture_files(folder: Path) -> list[Path]:
-    """The same kinds of files that training may hold."""
+    """The same kinds of files that a training set may contain."""
     rng = np.random.default_rng(0)
     grey = rng.integers(0, 65536, (120, 100), dtype=np.uint16)
     rgba = Image.fromarray(rng.integers(0, 256, (120, 100, 4), dtype=np.uint8))
@@ -272,7 +272,7 @@ def picture_files(folder: Path) -> list[Path]:
     return sorted(folder.iterdir())
 
 
-def test_prediction_sees_what_training_sees(folder: Path, tmp_path: Path, engine: ScriptedEngine) -> None:
+def test_prediction_uses_the_pixels_of_training(folder: Path, tmp_path: Path, engine: ScriptedEngine) -> None:
     files = picture_files(tmp_path)
     answers = Detector.from_checkpoint(folder).predict(files)
     for path, found, sample, pixels in zip(files, answers, engine.samples, engine.pixels, strict=True):
@@ -282,7 +282,7 @@ def test_prediction_sees_what_training_sees(folder: Path, tmp_path: Path, engine
         assert (found.width, found.height) == (facts.width, facts.height)
 
 
-def test_the_identity_is_all_that_decides_an_answer(folder: Path, tmp_path: Path) -> None:
+def test_the_identity_covers_everything_that_determines_an_answer(folder: Path, tmp_path: Path) -> None:
     first = Detector.from_checkpoint(folder).identity()
     copy = shutil.copytree(folder, tmp_path / "copy")
     (copy / "train_log.jsonl").write_text("{}")
@@ -302,7 +302,7 @@ def test_the_identity_is_all_that_decides_an_answer(folder: Path, tmp_path: Path
         assert (identity.settings, identity.checkpoint != first.checkpoint) == (first.settings, True), name
 
 
-def test_the_checkpoint_says_how_it_is_asked_and_read(folder: Path, tmp_path: Path, engine: ScriptedEngine) -> None:
+def test_the_checkpoint_defines_its_prompt_and_readout(folder: Path, tmp_path: Path, engine: ScriptedEngine) -> None:
     picture, engine.codec = np.full((300, 320, 3), 90, np.uint8), "tags"
     tags = saying(folder, tmp_path / "tags", codec="tags", prompts=["listed"], names=["cat", "dog"])
     detector = Detector.from_checkpoint(tags)
@@ -313,7 +313,9 @@ def test_the_checkpoint_says_how_it_is_asked_and_read(folder: Path, tmp_path: Pa
     assert TASKS["detect"] in everything
 
 
-def test_labels_are_asked_for_where_lists_were_trained(folder: Path, tmp_path: Path, engine: ScriptedEngine) -> None:
+def test_labels_are_in_the_prompt_if_trained_with_label_lists(
+    folder: Path, tmp_path: Path, engine: ScriptedEngine
+) -> None:
     picture = np.full((100, 120, 3), 90, np.uint8)
     detector = Detector.from_checkpoint(saying(folder, tmp_path / "lists", prompts=["open", "listed"], names=["cat"]))
     found = detector.predict(picture, find=[DESCS[0], "zebra"])
@@ -328,21 +330,23 @@ def test_labels_are_asked_for_where_lists_were_trained(folder: Path, tmp_path: P
     assert question_text(everything._checkpoint.tokenizer, engine.samples[-1].prompt_ids) == TASKS["detect"]
 
 
-def test_a_phrase_is_a_question_of_its_own(folder: Path, tmp_path: Path, engine: ScriptedEngine) -> None:
+def test_a_phrase_is_a_separate_kind_of_prompt(folder: Path, tmp_path: Path, engine: ScriptedEngine) -> None:
     picture = np.full((100, 120, 3), 90, np.uint8)
     detector = Detector.from_checkpoint(saying(folder, tmp_path / "phrases", prompts=["open", "phrase"]))
     assert detector.predict(picture, phrase="the left one").descs == DESCS
     words = question_text(detector._checkpoint.tokenizer, engine.samples[-1].prompt_ids)
     assert words == question({"kind": "phrase", "names": ["the left one"]})
-    with pytest.raises(ConfigError, match="ask one of them"):
+    with pytest.raises(ConfigError, match="at most one of them"):
         detector.predict(picture, phrase="the left one", find=["cat"])
     everything = Detector.from_checkpoint(saying(folder, tmp_path / "everything", prompts=["open"]))
-    with pytest.raises(ConfigError, match="was trained on prompts open"):
+    with pytest.raises(ConfigError, match="was trained with the prompts open"):
         everything.predict(picture, phrase="the left one")
 
 
-def test_a_mixture_of_prompts_takes_every_question(folder: Path, tmp_path: Path, engine: ScriptedEngine) -> None:
-    """Of a training whose records ask for some labels, for a phrase, or for everything."""
+def test_a_checkpoint_trained_with_mixed_prompts_accepts_all_kinds(
+    folder: Path, tmp_path: Path, engine: ScriptedEngine
+) -> None:
+    """The checkpoint was trained with records that prompt for labels, for a phrase, or for all objects."""
     listed, phrase = {"kind": "listed", "names": ["cat", "zebra"]}, {"kind": "phrase", "names": ["the left one"]}
     records = [Record("a.png", 9, 9, (), metadata={"prompt": p}) for p in (listed, phrase, {"kind": "open"})]
     plain = read_detection_config(folder, CoordVocabulary.from_tokenizer(AutoTokenizer.from_pretrained(folder)))
@@ -357,7 +361,7 @@ def test_a_mixture_of_prompts_takes_every_question(folder: Path, tmp_path: Path,
     assert words == [question({"kind": "listed", "names": ["zebra"]}), question(phrase), TASKS["detect"]]
 
 
-def test_a_folder_and_a_pattern_are_several_pictures_and_an_address_is_fetched_when_told(
+def test_folders_and_patterns_mean_several_images_and_urls_are_downloaded_on_request(
     folder: Path, scene: Path, tmp_path: Path, engine: ScriptedEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     detector = Detector.from_checkpoint(folder)
@@ -369,11 +373,11 @@ def test_a_folder_and_a_pattern_are_several_pictures_and_an_address_is_fetched_w
     monkeypatch.setattr("coordexp.detector.fetched_rgb", lambda address: Image.open(scene).convert("RGB"))
     assert detector.predict("https://example.org/a.png", fetch=True).draw().width > 0
     assert len(detector.predict(["https://example.org/a.png", scene], fetch=True)) == 2
-    with pytest.raises(PictureError, match="unless told to"):
+    with pytest.raises(PictureError, match="only on request"):
         detector.predict("https://example.org/a.png")
 
 
-def test_a_model_of_the_hub_is_looked_for_by_its_id(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_model_is_found_by_its_id(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fetched: list[str] = []
 
     def snapshot(name: str, **_: object) -> str:
@@ -384,7 +388,7 @@ def test_a_model_of_the_hub_is_looked_for_by_its_id(folder: Path, monkeypatch: p
     assert Detector.from_pretrained("somebody/detector").identity() == Detector.from_checkpoint(folder).identity()
     assert fetched == ["somebody/detector"]
     monkeypatch.undo()
-    with pytest.raises(CheckpointError, match="somebody/detector: no such folder, and not to be had from the Hub"):
+    with pytest.raises(CheckpointError, match="somebody/detector: no such folder, and not available from the Hub"):
         Detector.from_pretrained("somebody/detector")
 
 
@@ -396,7 +400,7 @@ def test_a_model_without_coordinate_tokens_answers_in_digits(tmp_path: Path, eng
     assert found.descs == DESCS
 
 
-def test_what_is_no_checkpoint_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_invalid_checkpoint_folders_are_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no config\.json"):
         Detector.from_checkpoint(tmp_path)
     with pytest.raises(CheckpointError, match="codec is 'xml'"):
@@ -404,7 +408,7 @@ def test_what_is_no_checkpoint_is_refused(folder: Path, tmp_path: Path) -> None:
     assert issubclass(CheckpointError, CoordExpError)
 
 
-def test_only_the_wanted_names_are_kept() -> None:
+def test_named_keeps_only_the_given_labels() -> None:
     found = two_found().named(["Red_Mug", "dog"])
     assert found.descs == ("red mug",)
     np.testing.assert_array_equal(found.boxes_xyxy_px, BOXES_XYXY_PX[:1])
@@ -414,7 +418,7 @@ def test_only_the_wanted_names_are_kept() -> None:
     assert nothing.boxes_xyxy_px.shape == (0, 4)
 
 
-def test_parts_of_an_answer(scene: Path) -> None:
+def test_indexing_selects_objects(scene: Path) -> None:
     found = replace(two_found(), picture=scene)
     assert [(one.desc, one.score) for one in found] == list(zip(DESCS, (0.5, 0.25), strict=True))
     assert found[0].descs == found[:1].descs == found[[0]].descs == found[found.scores > 0.3].descs == DESCS[:1]
@@ -431,7 +435,7 @@ def test_parts_of_an_answer(scene: Path) -> None:
         found.to_coco(7, {DESCS[0]: 3})
 
 
-def test_an_answer_draws_itself(scene: Path, tmp_path: Path) -> None:
+def test_a_result_can_draw_itself(scene: Path, tmp_path: Path) -> None:
     found = replace(two_found(), picture=scene)
     with Image.open(scene) as plain:
         assert found.draw().size[0] >= plain.width
@@ -439,7 +443,7 @@ def test_an_answer_draws_itself(scene: Path, tmp_path: Path) -> None:
     found.save(tmp_path / "drawn.png")
     assert (found._repr_png_() or b"").startswith(b"\x89PNG")
     assert two_found()._repr_png_() is None
-    with pytest.raises(DataError, match="does not know its picture"):
+    with pytest.raises(DataError, match="was read from a file and has no image"):
         two_found().draw()
 
 
@@ -458,7 +462,7 @@ def test_json_form() -> None:
             Detections.from_json(broken)
 
 
-def test_class_ids_are_places_in_a_list() -> None:
+def test_class_ids_are_indices_in_the_given_list() -> None:
     found = replace(two_found(), descs=("red mug", "Cat", "cat"))
     assert class_ids(found.descs).tolist() == [1, 0, 0]
     assert class_ids(found.descs, ["dog", "CAT", "Red_Mug"]).tolist() == [2, 1, 1]
@@ -479,7 +483,7 @@ def test_supervision_form(monkeypatch: pytest.MonkeyPatch) -> None:
     assert two_found().to_supervision(["dog", "cat", "red mug"])["class_id"].tolist() == [2, 1]
 
 
-def test_supervisions_metrics_take_it() -> None:
+def test_metrics_of_supervision_accept_the_conversion() -> None:
     sv = pytest.importorskip("supervision")
     names = ["cat", "dog", "red mug"]
     found = two_found().to_supervision(names)
@@ -489,7 +493,7 @@ def test_supervisions_metrics_take_it() -> None:
     assert metrics.MeanAveragePrecision().update([found], [found]).compute().map50 == pytest.approx(1.0, abs=0.01)
 
 
-def test_supervision_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_supervision_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "supervision", None)
     with pytest.raises(ImportError, match="pip install supervision"):
         two_found().to_supervision()

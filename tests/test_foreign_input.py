@@ -1,7 +1,7 @@
-"""Generated damage to foreign files: each is refused by an error of ours that names it, or read as it was meant.
+"""Generated damage to foreign files: each is refused with a CoordExpError that names it, or read correctly.
 
-Nothing else may come out: no traceback of another class, no hang, no value of another type. Checkpoint folders have
-their own file (tests/models/test_folder.py), as they are slower, and so have pictures (tests/records/test_images.py).
+No other outcome is allowed: no exception of another class, no hang, no value of another type. Checkpoint folders are
+tested in tests/models/test_folder.py, because they are slower, and images in tests/records/test_images.py.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ GATE = Gate("a test's file", DataError, "Do better.", max_bytes=1000, max_depth=
 
 
 def outcome(read: Callable[[], Any], path: Path, kind: type[CoordExpError]) -> Any:
-    """What a reader gives, or the message of its error, which must be short and name the file."""
+    """The result of a reader, or the message of its error, which must be short and name the file."""
     try:
         return read()
     except kind as error:
@@ -51,8 +51,8 @@ def outcome(read: Callable[[], Any], path: Path, kind: type[CoordExpError]) -> A
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b'{"a": 1, "a": 2}', "'a' stands twice"),
-        (b"NaN", "NaN is no number"),
+        (b'{"a": 1, "a": 2}', "'a' occurs twice"),
+        (b"NaN", "NaN is not a number"),
         (b"[1e999]", "too large"),
         (b"9" * 500, "500 digits"),
         (b"[" * 400 + b"]" * 400, "nested deeper than 4"),
@@ -65,7 +65,7 @@ def outcome(read: Callable[[], Any], path: Path, kind: type[CoordExpError]) -> A
         (b" " * 2000, "more than the 1000"),
     ],
 )
-def test_json_means_one_thing_or_is_refused(tmp_path: Path, content: bytes, reason: str) -> None:
+def test_ambiguous_json_is_refused(tmp_path: Path, content: bytes, reason: str) -> None:
     path = tmp_path / "a.json"
     path.write_bytes(content)
     with pytest.raises(DataError, match=reason) as caught:
@@ -74,7 +74,7 @@ def test_json_means_one_thing_or_is_refused(tmp_path: Path, content: bytes, reas
     assert str(caught.value).endswith("Expected a test's file. Do better.")
 
 
-def test_json_of_any_writer_is_read(tmp_path: Path) -> None:
+def test_valid_json_of_any_writer_is_read(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_bytes(b"\xef\xbb\xbf" + rb' {"a": [1.5e-3, "\ud83d\ude00", [[]]], "b": -12} ')
     assert GATE.read_json(path) == {"a": [0.0015, "😀", [[]]], "b": -12}
@@ -98,7 +98,7 @@ def test_only_regular_files_are_read(tmp_path: Path, kind: str) -> None:
         GATE.read_json(path)
 
 
-def test_a_long_line_is_refused_without_reading_it_all(tmp_path: Path) -> None:
+def test_a_too_long_line_is_refused_before_it_is_read_completely(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"1\n" + b"2" * 1001 + b"\n")
     with pytest.raises(DataError, match=r"a\.jsonl:2: the line is longer than 1000"):
@@ -144,7 +144,7 @@ YAML_TRAPS = [
 
 
 @pytest.mark.parametrize("text", YAML_TRAPS, ids=range(len(YAML_TRAPS)))
-def test_yaml_traps_are_named_at_once(tmp_path: Path, text: str) -> None:
+def test_yaml_pitfalls_are_reported_all_at_once(tmp_path: Path, text: str) -> None:
     path = tmp_path / "params.yaml"
     path.write_text(text, encoding="utf-8", errors="surrogatepass")
     begin = time.process_time()
@@ -156,14 +156,16 @@ def test_yaml_traps_are_named_at_once(tmp_path: Path, text: str) -> None:
 @pytest.mark.parametrize(
     "value", ["!!int x", "*a", "{1: 2}", "[" * 400, "&a [*a]", "'", "9" * 5000, "!!timestamp 2001-99-99"]
 )
-def test_values_of_the_command_line_pass_the_same_gate(value: str) -> None:
+def test_command_line_values_are_validated_in_the_same_way(value: str) -> None:
     with pytest.raises(ConfigError):
         parse_value(value)
 
 
 @pytest.mark.parametrize(("name", "load", "parse"), [PARAMS, PROFILE])
-def test_generated_parameter_files(tmp_path: Path, name: str, load: Callable, parse: Callable) -> None:
-    """800 trees with wrong values at every depth; a tenth of them by way of a file (JSON is YAML, too)."""
+def test_generated_parameter_files_are_refused_or_read_correctly(
+    tmp_path: Path, name: str, load: Callable, parse: Callable
+) -> None:
+    """800 trees with invalid values at every depth; a tenth of them are read from a file (JSON is also YAML)."""
     tree, path = read_yaml(ROOT / name), tmp_path / Path(name).name
     expected = load(ROOT / name)
     for number in range(800):
@@ -174,13 +176,13 @@ def test_generated_parameter_files(tmp_path: Path, name: str, load: Callable, pa
             found = outcome(lambda: load(path), path, ConfigError)
         else:
             found = outcome(lambda wrong=wrong: parse(path, wrong), path, ConfigError)
-        if not isinstance(found, str):  # in range: then it is what the file says, of the types that it must have
+        if not isinstance(found, str):  # in range: then it equals the file and has the required types
             assert type(found) is type(expected)
             assert same_kinds(found.model_dump(), expected.model_dump(), wrong), number
 
 
 def same_kinds(found: Any, expected: Any, said: Any) -> bool:
-    """Values are of the types of valid ones, or null where the file says so."""
+    """Values have the types of valid ones, or are null if the file has null."""
     if isinstance(expected, dict) and isinstance(found, dict):
         return all(
             same_kinds(found[k], expected.get(k), said.get(k) if isinstance(said, dict) else None) for k in found
@@ -191,8 +193,10 @@ def same_kinds(found: Any, expected: Any, said: Any) -> bool:
 
 
 @pytest.mark.parametrize(("name", "load", "parse"), [PARAMS, PROFILE])
-def test_damaged_parameter_files(tmp_path: Path, name: str, load: Callable, parse: Callable) -> None:
-    """200 files that are cut, flipped, in another encoding, ...; of a part of the lines, as YAML is slow to read."""
+def test_damaged_parameter_files_are_refused_or_read_correctly(
+    tmp_path: Path, name: str, load: Callable, parse: Callable
+) -> None:
+    """200 damaged files (truncated, flipped bits, another encoding) with few lines, because YAML is slow to parse."""
     lines, path = (ROOT / name).read_bytes().splitlines(keepends=True), tmp_path / Path(name).name
     for number in range(200):
         rng = random.Random(number)
@@ -223,7 +227,7 @@ RESULT = ImageResult(
 )  # fmt: skip
 
 
-def test_generated_gt_vs_pred_lines(tmp_path: Path) -> None:
+def test_generated_gt_vs_pred_lines_are_refused_or_read_correctly(tmp_path: Path) -> None:
     path, row = tmp_path / "r.jsonl", json.loads(json.dumps(RESULT.to_json()))
     accepted = 0
     for number in range(1000):
@@ -270,7 +274,7 @@ LINE = {
 }
 
 
-def test_generated_prediction_logs(tmp_path: Path) -> None:
+def test_generated_prediction_logs_are_refused_or_read_correctly(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     for number in range(500):
         rng = random.Random(number)
@@ -286,8 +290,8 @@ def test_generated_prediction_logs(tmp_path: Path) -> None:
 # --- journals
 
 
-def test_generated_journals(tmp_path: Path) -> None:
-    """Damaged lines are dropped, and what is read is what was written, or another answer of the same form."""
+def test_damaged_lines_of_journals_are_dropped(tmp_path: Path) -> None:
+    """Damaged lines are dropped; other lines are read as written, or as a valid answer of the same form."""
     path, vocabulary_size = tmp_path / "journal.jsonl", 2000
     rng = np.random.default_rng(0)
     probs = TokenProbs(rng.random(5), rng.random((4, NUM_BINS)).astype(np.float16))
@@ -304,7 +308,7 @@ def test_generated_journals(tmp_path: Path) -> None:
                 assert generation.probs.coord_probs_CK is None or generation.probs.coord_probs_CK.shape[1] == NUM_BINS
 
 
-def test_a_distribution_that_unpacks_to_gigabytes_is_dropped(tmp_path: Path) -> None:
+def test_a_distribution_that_decompresses_to_gigabytes_is_dropped(tmp_path: Path) -> None:
     import base64
     import zlib
 
@@ -314,7 +318,7 @@ def test_a_distribution_that_unpacks_to_gigabytes_is_dropped(tmp_path: Path) -> 
     assert Journal(tmp_path / "j").read(10) == {}
 
 
-def test_generated_rollout_files(tmp_path: Path) -> None:
+def test_generated_rollout_files_are_refused_or_read_correctly(tmp_path: Path) -> None:
     path = tmp_path / "rollouts.jsonl"
     write_generations(path, {3: Generation(np.arange(5, dtype=np.int32), "stop")})
     row = json.loads(path.read_bytes())
@@ -324,7 +328,7 @@ def test_generated_rollout_files(tmp_path: Path) -> None:
         assert isinstance(found, str) or all(type(image_id) is int for image_id in found)
 
 
-def test_mutations_leave_their_source_alone() -> None:
+def test_mutations_do_not_change_their_input() -> None:
     before = copy.deepcopy(LINE)
     for number in range(50):
         mutated(LINE, random.Random(number), 3)

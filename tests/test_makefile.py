@@ -16,7 +16,9 @@ import pytest
         (["preset", "PRESET=nope"], "configs/presets/nope.yaml: no such file; there are: mixture"),
     ],
 )
-def test_an_unknown_name_costs_nothing(tmp_path: Path, repository: Path, arguments: list[str], words: str) -> None:
+def test_an_unknown_name_stops_before_anything_is_built(
+    tmp_path: Path, repository: Path, arguments: list[str], words: str
+) -> None:
     shutil.copy(repository / "Makefile", tmp_path)
     shutil.copytree(repository / "configs", tmp_path / "configs")
     before = sorted(tmp_path.iterdir())
@@ -27,7 +29,7 @@ def test_an_unknown_name_costs_nothing(tmp_path: Path, repository: Path, argumen
 
 
 @pytest.mark.parametrize("build", ["cpu", "cuda"])
-def test_the_build_of_vllm_is_named_and_has_its_lock(tmp_path: Path, repository: Path, build: str) -> None:
+def test_the_vllm_build_is_selected_by_name_and_has_a_lock_file(tmp_path: Path, repository: Path, build: str) -> None:
     lock = {"cpu": "requirements-vllm.lock", "cuda": "requirements-vllm-cuda.lock"}[build]
     for file in ("Makefile", "requirements-torch.lock", lock):
         shutil.copy(repository / file, tmp_path)

@@ -1,4 +1,4 @@
-"""Names from a model or a file reach people as text that shows, wherever they are shown: they command nothing."""
+"""Names from a model or a file are always shown as visible text, and never control a terminal or page."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def found(desc: str) -> Detections:
 
 
 def through_a_stream(text: str) -> str:
-    """What arrives of a printed text."""
+    """The text as it arrives after printing."""
     behind = io.StringIO()
     print(text, file=PrintableStream(behind))  # type: ignore[arg-type]
     return behind.getvalue().removesuffix("\n")
@@ -64,7 +64,7 @@ SINKS: dict[str, Callable[[str], str]] = {
 
 @given(names)
 @settings(max_examples=300)
-def test_nothing_invisible_passes_any_sink(name: str) -> None:
+def test_no_output_contains_invisible_characters(name: str) -> None:
     for sink, show in SINKS.items():
         shown = show(name)
         assert "".join(c for c in shown.removeprefix("\r") if c not in "\n\t").isprintable(), sink
@@ -74,35 +74,35 @@ def test_nothing_invisible_passes_any_sink(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_each_hostile_name_is_shown_by_its_escape(name: str) -> None:
+def test_hostile_names_are_shown_as_escape_sequences(name: str) -> None:
     assert "\\" in printable(name)
     assert json.loads(f'"{printable(name)}"') == name
 
 
 @given(names)
-def test_plain_names_are_shown_as_they_are_and_twice_is_once(name: str) -> None:
+def test_plain_names_are_unchanged_and_escaping_is_idempotent(name: str) -> None:
     assert printable(printable(name)) == printable(name)
     assert printable("caf\u00e9 \u4eba \u05d0 \u26bd\ufe0f a|b\\") == "caf\u00e9 \u4eba \u05d0 \u26bd\ufe0f a|b\\"
     assert printable_tree({name: [name, 1, None]}) == {printable(name): [printable(name), 1, None]}
 
 
 @given(st.text(max_size=10), st.text(max_size=10))
-def test_lines_stay_lines(one: str, other: str) -> None:
+def test_line_breaks_of_our_own_text_are_kept(one: str, other: str) -> None:
     assert printable_lines(f"{printable(one)}\n\t{printable(other)}") == f"{printable(one)}\n\t{printable(other)}"
 
 
 @given(names)
-def test_json_on_the_way_to_a_terminal_says_the_same(name: str) -> None:
+def test_escaped_json_has_the_same_value(name: str) -> None:
     assert json.loads(through_a_stream(json.dumps({"desc": name}, ensure_ascii=False))) == {"desc": name}
 
 
-def test_a_foreign_text_is_cut() -> None:
+def test_foreign_text_is_shortened() -> None:
     assert excerpt(b"<b>\x1b]0;title\x07\xff\n") == "<b>\\u001b]0;title\\u0007\ufffd\\n"
     assert len(excerpt("x" * 10**6)) < 400
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_pictures_show_what_the_escape_would(name: str, tmp_path: Path) -> None:
+def test_figures_show_the_escape_sequences(name: str, tmp_path: Path) -> None:
     ground = Image.new("RGB", (64, 64), "white")
 
     def drawn(label: str) -> bytes:
@@ -121,7 +121,7 @@ def test_pictures_show_what_the_escape_would(name: str, tmp_path: Path) -> None:
 def test_messages_logs_and_tables_of_commands_and_stages_are_printable(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A class of error of each, whose message names a file; the streams are as before afterwards."""
+    """One error class each, with a file in its message; the streams are restored afterwards."""
     before = sys.stdout, sys.stderr
     hostile = "".join(HOSTILE).replace("\n", "")
 
@@ -153,6 +153,6 @@ def test_messages_logs_and_tables_of_commands_and_stages_are_printable(
     assert (out + err).replace("\n", "").isprintable()
 
 
-def test_a_note_on_names_is_printable(capsys: pytest.CaptureFixture[str]) -> None:
+def test_notes_about_names_are_printable(capsys: pytest.CaptureFixture[str]) -> None:
     note_absent(["cat"], set(HOSTILE) - {"\udcffcat"})
     assert capsys.readouterr().err.replace("\n", "").isprintable()

@@ -1,4 +1,4 @@
-"""A checkpoint says how it is used: trained at limits and in a codec that no default has, read alike by everything."""
+"""A checkpoint defines its use: trained with non-default limits and codec, it is read in the same way everywhere."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ from coordexp.stage import stage_main
 from coordexp.text.prompts import TASKS
 from coordexp.text.vocabulary import CoordVocabulary
 
-LIMITS = (150 * 150, 180 * 180)  # neither those of a profile nor those that the base model brings
-SHOWN = (160, 160)  # a picture of 120 x 120 px under them
+LIMITS = (150 * 150, 180 * 180)  # different from those of any profile and of the base model
+SHOWN = (160, 160)  # an image of 120 x 120 px under them
 BUDGET = 40
 STEPS = 30
 PARAMS = {
@@ -46,7 +46,7 @@ PARAMS = {
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> RunConfig:
-    """A profile with these limits and this codec, trained by the stages themselves until stage 1 knows its picture."""
+    """A profile with these limits and this codec, trained by the stages until stage 1 has memorized its image."""
     root = tmp_path_factory.mktemp("sizes")
     profile = read_yaml(repository / "configs" / "smoke.yaml")
     profile["model"] |= {"min_pixels": LIMITS[0], "max_pixels": LIMITS[1], "path": str(repository / "models/tiny-base")}
@@ -82,13 +82,13 @@ def trained(run: RunConfig) -> Path:
 
 
 def picture() -> np.ndarray:
-    """120 x 120 px of noise: any other size of it is another picture."""
+    """120 x 120 px of noise: any other size of it is another image."""
     return np.random.default_rng(5).integers(0, 255, (120, 120, 3), np.uint8)
 
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[Sample]:
-    """What the detector asks."""
+    """The prompt of the detector."""
     asked: list[Sample] = []
     read = detector.read_answers
 
@@ -100,7 +100,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Sample]:
     return asked
 
 
-def test_every_writer_says_how_its_model_is_used(run: RunConfig) -> None:
+def test_every_stage_writes_the_image_format_and_codec_of_its_model(run: RunConfig) -> None:
     folders = [run.paths.init, *(run.paths.run(name) for name in ("stage1", "stage1-control", "stage2"))]
     for form in map(load_format, folders):
         assert (form.pixels.min_pixels, form.pixels.max_pixels) == LIMITS
@@ -132,9 +132,7 @@ def test_detector_predict_and_evaluation_give_the_same_boxes(
     np.testing.assert_allclose([p.score for p in judged.pred], found.scores, atol=1e-6)
 
 
-def test_the_base_model_is_asked_about_pictures_of_the_size_of_the_profile(
-    run: RunConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_base_model_gets_images_in_the_size_of_the_profile(run: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DVC_ROOT", str(run.paths.root))
     given: list[Any] = []
     generate = stages.generate_answers
@@ -144,7 +142,7 @@ def test_the_base_model_is_asked_about_pictures_of_the_size_of_the_profile(
     assert (form.codec, form.pixels.min_pixels, form.pixels.max_pixels) == ("digits", *LIMITS)
 
 
-def test_transformers_alone_sees_the_same_pixels_and_answers_the_same(trained: Path) -> None:
+def test_plain_transformers_sees_the_same_pixels_and_gives_the_same_answer(trained: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(trained)
     images = AutoImageProcessor.from_pretrained(trained)(images=[Image.fromarray(picture())], return_tensors="pt")
     model = AutoModelForImageTextToText.from_pretrained(trained, dtype=torch.float32)
@@ -170,9 +168,7 @@ def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     path.write_text(json.dumps(tree))
 
 
-def test_a_checkpoint_whose_picture_size_was_edited_is_not_the_one_that_was_trained(
-    trained: Path, tmp_path: Path
-) -> None:
+def test_a_checkpoint_with_an_edited_image_size_counts_as_damaged(trained: Path, tmp_path: Path) -> None:
     shutil.copytree(trained, tmp_path / "edited")
     edit(tmp_path / "edited" / IMAGE_FILE, lambda tree: tree["size"].update(longest_edge=40_000))
     with pytest.raises(DamagedArtefactError, match=rf"{IMAGE_FILE}: sha256 .* but {HASHES} records"):
@@ -182,7 +178,7 @@ def test_a_checkpoint_whose_picture_size_was_edited_is_not_the_one_that_was_trai
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, f"no {IMAGE_FILE}, which says how large pictures"),
+        (None, f"no {IMAGE_FILE}, which sets the image size"),
         ("{", "not valid JSON"),
         ("[" * 100_000, "not valid JSON"),
         ("[]", "not a JSON object"),
@@ -195,7 +191,7 @@ def test_a_checkpoint_whose_picture_size_was_edited_is_not_the_one_that_was_trai
         ('{"min_pixels": 1, "max_pixels": 9, "image_mean": [0.4, 0.4, 0.4]}', "image_mean is"),
     ],
 )
-def test_processor_files_that_cannot_be_followed_are_refused(
+def test_unsupported_processor_files_are_refused(
     trained: Path, tmp_path: Path, content: str | None, message: str
 ) -> None:
     shutil.copytree(trained, tmp_path / "odd")

@@ -1,4 +1,4 @@
-"""What a stage does around its work: exit codes, messages, the memory allocator."""
+"""The frame around a stage: exit codes, messages, the memory allocator."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def failing(error: BaseException) -> Callable[[RunConfig], None]:
         (OSError(errno.EIO, "Input/output error"), 2, "error: an output of this stage: cannot be written: Input"),
     ],
 )
-def test_errors_a_user_can_mend_become_one_message(
+def test_errors_that_a_user_can_fix_become_one_message(
     params_file: Path, capsys: pytest.CaptureFixture[str], error: BaseException, code: int, prefix: str
 ) -> None:
     assert stage_main(failing(error), ["--params", str(params_file)]) == code
@@ -75,13 +75,13 @@ def test_sigterm_ends_a_stage_as_ctrl_c_does(params_file: Path, capsys: pytest.C
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_other_faults_of_the_system_are_bugs(params_file: Path) -> None:
+def test_other_system_errors_keep_their_traceback(params_file: Path) -> None:
     missing = FileNotFoundError(errno.ENOENT, "No such file or directory")
     with pytest.raises(FileNotFoundError):
         stage_main(failing(missing), ["--params", str(params_file)])
 
 
-def test_without_git_a_stage_says_so_first_and_goes_on(
+def test_without_git_a_stage_warns_and_continues(
     params_file: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "coordexp")
@@ -99,7 +99,7 @@ def test_a_bug_keeps_its_traceback(params_file: Path) -> None:
         stage_main(failing(ZeroDivisionError()), ["--params", str(params_file)])
 
 
-def test_the_stage_is_given_checked_parameters_and_its_places(params_file: Path, tmp_path: Path) -> None:
+def test_the_stage_gets_validated_parameters_and_paths(params_file: Path, tmp_path: Path) -> None:
     seen: list[RunConfig] = []
     code = stage_main(seen.append, ["--params", str(params_file), "--profile", "smoke", "--out", str(tmp_path / "out")])
     assert code == 0
@@ -117,7 +117,7 @@ def test_without_a_profile_argument_the_parameter_file_decides(params_file: Path
     assert seen[0].paths.profile == "smoke"
 
 
-def test_a_wrong_value_stops_the_stage_before_it_runs(params_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_invalid_value_stops_the_stage_before_it_runs(params_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     params_file.write_text(re.sub(r"\nsoftce_weight: \S+", "\nsoftce_weight: high", params_file.read_text()))
     seen: list[RunConfig] = []
     assert stage_main(seen.append, ["--params", str(params_file)]) == 2
@@ -125,7 +125,7 @@ def test_a_wrong_value_stops_the_stage_before_it_runs(params_file: Path, capsys:
     assert "softce_weight: found 'high' (text), expected a number >= 0." in capsys.readouterr().err
 
 
-def test_unknown_profile_names_the_closest(params_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_profile_suggests_the_closest_name(params_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert stage_main(lambda _: None, ["--params", str(params_file), "--profile", "smok"]) == 2
     assert "Did you mean 'smoke'?" in capsys.readouterr().err
 
@@ -136,23 +136,25 @@ def test_unknown_argument_is_a_usage_error() -> None:
     assert caught.value.code == 2
 
 
-def test_other_c_libraries_are_left_alone(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_allocator_of_other_c_libraries_is_not_changed(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(platform, "libc_ver", lambda: ("musl", "1.2"))
     with caplog.at_level(logging.INFO):
         decision = tune_allocator(logging.getLogger("coordexp"))
     assert not decision.keeps_freed_memory
-    assert caplog.messages == ["allocator: untouched (the C library is musl, the settings are glibc's)"]
+    assert caplog.messages == ["allocator: untouched (the C library is musl; the settings exist only in glibc)"]
 
 
-@pytest.mark.skipif(not ON_GLIBC, reason="the settings are glibc's")
-def test_the_users_own_allocator_settings_win(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.skipif(not ON_GLIBC, reason="the settings exist only in glibc")
+def test_allocator_settings_of_the_user_take_precedence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MALLOC_TOP_PAD_", "65536")
     decision = tune_allocator(logging.getLogger("coordexp"))
     assert not decision.keeps_freed_memory
     assert "MALLOC_TOP_PAD_" in decision.reason
 
 
-# Large blocks are mapped one by one (and unmapped when freed) unless the allocator was told to keep them.
+# Large blocks are mapped one by one (and unmapped when freed) unless the allocator is configured to keep them.
 MAPPED_BYTES = """
 import ctypes, logging, sys
 from coordexp.config.loading import load_profile
@@ -170,9 +172,9 @@ print(libc.mallinfo2().hblks - before)
 """
 
 
-@pytest.mark.skipif(not ON_GLIBC, reason="the settings are glibc's")
+@pytest.mark.skipif(not ON_GLIBC, reason="the settings exist only in glibc")
 @pytest.mark.parametrize(("mode", "mapped_blocks"), [("default", 1), ("tuned", 0)])
-def test_large_blocks_come_from_kept_memory(repository: Path, mode: str, mapped_blocks: int) -> None:
+def test_large_blocks_come_from_retained_memory(repository: Path, mode: str, mapped_blocks: int) -> None:
     answer = subprocess.run(
         [sys.executable, "-c", MAPPED_BYTES, mode],
         env={"PYTHONPATH": str(repository / "src")},

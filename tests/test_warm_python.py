@@ -1,4 +1,4 @@
-"""A forked program cannot tell, but by its libraries, that it was forked; what could tell more is not forked."""
+"""Except for loaded libraries, a forked program behaves as in a fresh interpreter; other programs are not forked."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ NEVER_THE_SAME = ("warm", "drawn", "pid")
 
 @pytest.fixture
 def environment(warm: Path, tmp_path: Path) -> dict[str, str]:
-    """Of programs that may be forked."""
+    """The environment of programs that may be forked."""
     path = f"{warm}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return {"PATH": path, "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
 
 
 def shown(program: list[str], environment: dict[str, str], folder: Path) -> dict[str, Any]:
-    """What the program says of itself."""
+    """The program's report about itself."""
     done = subprocess.run(
         ["bash", "-c", 'umask 027; ulimit -n 200; exec "$@"', "bash", *program],
         cwd=folder, env=environment, input="given", capture_output=True, text=True, check=False,
@@ -51,7 +51,7 @@ def shown(program: list[str], environment: dict[str, str], folder: Path) -> dict
     return json.loads(said)
 
 
-def test_a_module_and_a_file_see_what_they_see_in_an_interpreter(environment: dict[str, str], tmp_path: Path) -> None:
+def test_modules_and_files_run_as_in_a_fresh_interpreter(environment: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "src" / "room").mkdir(parents=True)
     (tmp_path / "src" / "room" / "show.py").write_text(SHOW)
     (tmp_path / "show.py").write_text(SHOW)
@@ -68,9 +68,7 @@ def test_a_module_and_a_file_see_what_they_see_in_an_interpreter(environment: di
         assert forked[0]["pid"] != forked[1]["pid"]
 
 
-def test_what_a_library_may_have_read_and_other_options_get_an_interpreter(
-    environment: dict[str, str], tmp_path: Path
-) -> None:
+def test_changed_environment_or_options_start_a_fresh_interpreter(environment: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "x.py").write_text("import sys\nprint('torch' in sys.modules)\n")
 
     def is_warm(*program: str, **more: str) -> bool:
@@ -97,7 +95,9 @@ def test_what_a_library_may_have_read_and_other_options_get_an_interpreter(
         ("import os; os._exit(3)", 3, ""),
     ],
 )
-def test_every_end_is_passed_on(environment: dict[str, str], tmp_path: Path, text: str, code: int, words: str) -> None:
+def test_every_way_to_exit_is_passed_on(
+    environment: dict[str, str], tmp_path: Path, text: str, code: int, words: str
+) -> None:
     (tmp_path / "x.py").write_text(text)
     done = subprocess.run(
         ["python", "x.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
@@ -106,7 +106,7 @@ def test_every_end_is_passed_on(environment: dict[str, str], tmp_path: Path, tex
     assert done.stderr.endswith(words)
 
 
-def test_what_is_not_to_be_buffered_is_there_at_once(environment: dict[str, str], tmp_path: Path) -> None:
+def test_unbuffered_output_arrives_at_once(environment: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "x.py").write_text(
         "import os, sys\nprint('here', end='')\nprint('there', end='', file=sys.stderr)\nos._exit(0)\n"
     )
@@ -115,7 +115,7 @@ def test_what_is_not_to_be_buffered_is_there_at_once(environment: dict[str, str]
         assert (done.stdout, done.stderr) == ("here", "there")
 
 
-def test_signals_reach_the_program_and_it_dies_with_whoever_asked(environment: dict[str, str], tmp_path: Path) -> None:
+def test_signals_reach_the_program_and_it_dies_with_its_caller(environment: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "x.py").write_text(
         "import os, time\nfrom pathlib import Path\nPath(f'pid').write_text(str(os.getpid()))\n"
         "try:\n    time.sleep(600)\nexcept KeyboardInterrupt:\n    raise SystemExit(75)\n"
@@ -135,8 +135,8 @@ def test_signals_reach_the_program_and_it_dies_with_whoever_asked(environment: d
             time.sleep(0.02)
 
 
-def test_without_its_server_programs_get_an_interpreter(tmp_path: Path) -> None:
-    """Here it ends at once, because the process whose end it waits for has ended."""
+def test_without_the_server_programs_start_a_fresh_interpreter(tmp_path: Path) -> None:
+    """Here the server exits at once, because the process that it waits for has ended."""
     with subprocess.Popen(["true"]) as gone:
         pass
     folder = tmp_path / "warm"

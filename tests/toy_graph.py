@@ -209,14 +209,14 @@ class Toy:
         self.commit(name)
 
     def ran(self) -> list[str]:
-        """Stage, weight and seed of everything that ran since this was asked last."""
+        """Stage, weight and seed of every run since the last call."""
         lines = self.log.read_text().splitlines() if self.log.exists() else []
         self.log.unlink(missing_ok=True)
         return lines
 
 
 def enter_environment(patch: pytest.MonkeyPatch, repository: Path, folder: Path, warm: Path) -> None:
-    """Have what stages, git and DVC need; nothing is read from or written to the home of the user."""
+    """Set the environment for stages, git and DVC, without reading or writing the user's home folder."""
     sources = f"{repository / 'src'}{os.pathsep}src"
     environment = {"TOY_LOG": str(folder / "log"), "PYTHONPATH": sources, "HOME": str(folder), "OMP_NUM_THREADS": "1"}
     environment |= {"DVC_SITE_CACHE_DIR": str(folder / "dvc"), "DVC_NO_ANALYTICS": "1"}
@@ -226,7 +226,7 @@ def enter_environment(patch: pytest.MonkeyPatch, repository: Path, folder: Path,
 
 
 def cold_path(warm: Path) -> str:
-    """Where each program gets an interpreter of its own: those of one group then die by one signal."""
+    """A path on which each program gets its own interpreter, so that one signal kills a whole process group."""
     folders = [str(Path(INTERPRETER).parent), *os.environ["PATH"].split(os.pathsep)]
     return os.pathsep.join(dict.fromkeys(folder for folder in folders if folder != str(warm)))
 

@@ -1,4 +1,4 @@
-"""transformers' own `generate`, in left-padded batches: what the engine in memory is compared with."""
+"""`generate` of transformers in left-padded batches: the reference for the in-memory engine."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from coordexp.text.vocabulary import token_id
 
 
 class GrammarProcessor(LogitsProcessor):
-    """Masks what the walks of the rows do not allow; one for each `generate`, whose prompts have `prompt_length`."""
+    """Masks tokens that the rows' walks do not allow; one per call of `generate`, with prompts of `prompt_length`."""
 
     def __init__(self, grammar: AnswerGrammar, n_rows: int, prompt_length: int) -> None:
         self._walks = [AnswerWalk(grammar) for _ in range(n_rows)]
@@ -41,7 +41,7 @@ class GrammarProcessor(LogitsProcessor):
 
 
 def model_inputs(checkpoint: Checkpoint, image_root: Path, samples: Sequence[Sample]) -> dict[str, Tensor]:
-    """The prompts with their pictures, padded on the left."""
+    """The prompts with their images, padded on the left."""
     image_id, pixels = checkpoint.model.config.image_token_id, checkpoint.pixels
     prompts = [s.expanded_prompt_ids(image_id) for s in samples]
     width = max(len(p) for p in prompts)
@@ -62,7 +62,7 @@ def model_inputs(checkpoint: Checkpoint, image_root: Path, samples: Sequence[Sam
 
 
 def options_of(checkpoint: Checkpoint, request: DecodeRequest) -> dict[str, Any]:
-    """The arguments of `generate` for a request, but for its grammar."""
+    """The arguments of `generate` for a request, except for its grammar."""
     decode, config = request.params, checkpoint.model.config
     options: dict[str, Any] = {
         "max_new_tokens": decode.max_new_tokens,

@@ -16,7 +16,7 @@ from coordexp.config.presets import changed_tree
 
 REPOSITORY = Path(__file__).parents[1]
 PROFILE = "smoke"
-# Of that profile: few pictures of few objects, learnt by heart in twelve steps, and a state saved after each of these.
+# Changes to that profile: few images with few objects, memorized in twelve steps, with a state saved after each step.
 ANSWERING: Mapping[str, Any] = {
     "source.train_images": 12,
     "source.val_images": 4,
@@ -52,12 +52,12 @@ def change_yaml(path: Path, changes: Mapping[str, Any]) -> None:
 
 
 def copy_workspace(source: Path, target: Path) -> None:
-    """Another folder with the same content. Files are shared: stages replace files, they do not write into them."""
+    """Another folder with the same content. Files are shared: stages replace files instead of modifying them."""
     shutil.copytree(source, target, symlinks=True, copy_function=os.link)
 
 
 def content_hash(path: Path, left_out: Collection[str] = ()) -> str:
-    """Of a file, or of all files of a folder with their names; empty if there is nothing."""
+    """Hash of a file, or of all files in a folder with their names; empty if nothing exists."""
     if path.is_file():
         return hashlib.sha256(path.read_bytes()).hexdigest()
     ignored = {"__pycache__", *left_out}

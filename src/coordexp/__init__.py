@@ -1,8 +1,8 @@
-"""A pretrained vision-language model as an open-vocabulary object detector, and the instrument to judge it.
+"""A pretrained vision-language model as an open-vocabulary object detector, and the tools to evaluate it.
 
     from coordexp import Detector
 
-Heavy libraries are loaded by the first use of such a name, not by `import coordexp`.
+`import coordexp` is fast: heavy libraries are loaded on the first use of `Detector` or `Detections`.
 """
 
 from __future__ import annotations

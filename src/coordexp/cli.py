@@ -1,8 +1,8 @@
 """`coordexp init | doctor | convert | predict | evaluate | compare | run | runs | ab | answer | verify | report |
 browse | monitor | export | serve`.
 
-Results go to stdout, progress and notes to stderr. What a user can mend becomes one message and exit code 2. Heavy
-libraries are imported by the commands that need them, so that `coordexp --help` answers at once.
+Results go to stdout; progress and notes go to stderr. An error that the user can fix prints one message and exits with
+code 2. Heavy libraries are imported inside the commands that need them, so that `coordexp --help` is fast.
 """
 
 from __future__ import annotations
@@ -40,15 +40,17 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# Rich help costs as much time as everything else that --help does.
+# Rich markup would double the time of --help.
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    help="A vision-language model as an object detector, and what tells whether a change made it better.",
+    help="Train a vision-language model as an object detector, and measure whether a change made it better.",
 )
-ProfileName = Annotated[str | None, typer.Option(help="Name in configs/  [default: `profile` of --params]")]
+ProfileName = Annotated[
+    str | None, typer.Option(help="Profile: configs/NAME.yaml.  [default: the `profile` key of --params]")
+]
 ParamsFile = Annotated[Path, typer.Option(help="Parameter file of the repository.")]
 
 app.command()(evaluate)
@@ -65,7 +67,7 @@ app.command()(monitor)
 
 @printable_output()
 def main(argv: Sequence[str] | None = None) -> None:
-    """The console entry: runs one command and exits; what it prints is printable, whatever names are in it."""
+    """Console entry point: run one command and exit. Control characters in foreign names are escaped in its output."""
     try:
         app(args=argv, prog_name="coordexp")
     except Interrupted as error:
@@ -101,39 +103,42 @@ def _options(
 
 @app.command()
 def predict(
-    images: Annotated[list[str], typer.Argument(metavar="IMAGE", help="Image files, folders, globs, or URLs.")],
+    images: Annotated[list[str], typer.Argument(metavar="IMAGE", help="Image files, folders, glob patterns, or URLs.")],
     checkpoint: Annotated[Path, typer.Option(help="Checkpoint folder, such as runs/tiny/stage2.")],
     save: Annotated[
-        Path | None, typer.Option(help="Draw the boxes: a picture file for one image, otherwise a folder.")
+        Path | None, typer.Option(help="Save images with the boxes drawn: a file for one image, a folder for several.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line for each image.")] = False,
-    find: Annotated[str | None, typer.Option(help='Look for these labels, such as "cat,red mug".')] = None,
-    phrase: Annotated[str | None, typer.Option(help='Look for what a phrase means, "the cup left of it".')] = None,
-    threshold: Annotated[float, typer.Option(min=0, max=1, help="Least score of an object that is shown.")] = 0.0,
-    classes: Annotated[str | None, typer.Option(help="Show only these labels, whatever was asked.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Token budget of one answer.")] = 512,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per image, one per line.")] = False,
+    find: Annotated[str | None, typer.Option(help='Labels to look for, separated by commas: "cat,red mug".')] = None,
+    phrase: Annotated[
+        str | None, typer.Option(help='Referring expression to look for, such as "the cup left of it".')
+    ] = None,
+    threshold: Annotated[float, typer.Option(min=0, max=1, help="Minimum score of an object to show.")] = 0.0,
+    classes: Annotated[str | None, typer.Option(help="Show only objects with these labels; the prompt stays.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens per answer.")] = 512,
     out: Annotated[
         Path | None,
-        typer.Option(help="Log of whole answers, one JSON line an image; those that still hold are not asked again."),
+        typer.Option(help="Log of complete answers, one JSON line per image; answers that are still valid are reused."),
     ] = None,
     coco: Annotated[
-        Path | None, typer.Option(help="Write COCO instances JSON with scores; its ids are of this file alone.")
+        Path | None,
+        typer.Option(help="Write the objects as COCO instances JSON with scores; the ids are valid in this file only."),
     ] = None,
     server: Annotated[
-        list[str] | None, typer.Option(help="URL of a vLLM server of this checkpoint; repeat it for several.")
+        list[str] | None, typer.Option(help="URL of a vLLM server that serves this checkpoint; repeat for several.")
     ] = None,
     device: Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda or cuda:N.")] = "auto",
     processes: Annotated[
-        int, typer.Option(min=0, help="Processes that answer, on the GPUs in turn; 0 is one for each GPU.")
+        int, typer.Option(min=0, help="Number of worker processes, spread over the GPUs; 0: one per GPU.")
     ] = 1,
-    fetch: Annotated[Path | None, typer.Option(help="Folder that images named by their URL are fetched into.")] = None,
+    fetch: Annotated[Path | None, typer.Option(help="Folder to download images to that are given as URLs.")] = None,
     on_error: Annotated[
-        Literal["stop", "skip"], typer.Option(help="At an image that cannot be read: stop, or say why and go on.")
+        Literal["stop", "skip"], typer.Option(help="If an image cannot be read: stop, or report why and continue.")
     ] = "stop",
 ) -> None:
     """Detect objects in images.
 
-    With --on-error skip, the reason takes the place of the answer in --json and --out, and the exit code is 3.
+    With --on-error skip, --json and --out hold the reason in place of the answer, and the exit code is 3.
     """
     from coordexp.infra.provenance import write_json
     from coordexp.records.prediction_log import PredictionLog, coco_predictions
@@ -160,19 +165,19 @@ def predict(
 
 
 def _images(named: Sequence[str], fetch: Path | None) -> list[Path]:
-    """Files, folders and globs; the images at URLs in the folder that they are fetched into."""
+    """Expand files, folders and glob patterns; download images given as URLs and return their local paths."""
     from coordexp.records.fetched import fetched_files, is_address
 
     addresses = [name for name in named if is_address(name)]
     if addresses and not fetch:
-        raise ConfigError(f"{addresses[0]}: nothing is taken from the network unless told to: --fetch FOLDER.")
+        raise ConfigError(f"{addresses[0]}: images are downloaded only on request: add --fetch FOLDER.")
     files = fetched_files(addresses, fetch) if fetch else []
     others = [name for name in named if not is_address(name)]
     return [*files, *(expand_images(others) if others or not files else ())]
 
 
 def _labels(listed: str | None) -> list[str]:
-    """The labels of an option, which commas part."""
+    """Split a comma-separated option into labels."""
     return [name.strip() for name in listed.split(",") if name.strip()] if listed else []
 
 
@@ -190,22 +195,30 @@ def _load_detector(checkpoint: Path, **options: Any) -> Detector:
 
 @app.command()
 def convert(
-    annotations: Annotated[Path, typer.Option(help="The annotation file of the format; of some a folder or a glob.")],
-    images: Annotated[Path, typer.Option(exists=True, file_okay=False, help="Folder that the file names start from.")],
-    out: Annotated[Path, typer.Option(help="Where to write the records, one JSON object a line; see --to.")],
+    annotations: Annotated[Path, typer.Option(help="Annotation file; some formats take a folder or a glob pattern.")],
+    images: Annotated[
+        Path, typer.Option(exists=True, file_okay=False, help="Folder that image file names are relative to.")
+    ],
+    out: Annotated[Path, typer.Option(help="Output: records, one JSON object per line, or what --to names.")],
     source: Annotated[Format, typer.Option(help="Format of the annotations (docs/data.md).")] = "coco",
-    split: Annotated[Literal["train", "val"], typer.Option(help="For files that hold both.")] = "train",
-    crowd: Annotated[Literal["ignore", "drop", "as_objects"], typer.Option(help="As records.crowd.")] = "ignore",
-    max_lost: Annotated[float, typer.Option(min=0, max=1, help="As records.max_lost: share that may be lost.")] = 0.05,
-    boxes: Annotated[BoxForm, typer.Option(help="What the numbers of a box are.")] = "format",
+    split: Annotated[
+        Literal["train", "val"], typer.Option(help="Split to read from files that hold several.")
+    ] = "train",
+    crowd: Annotated[
+        Literal["ignore", "drop", "as_objects"], typer.Option(help="Crowd regions, as with records.crowd.")
+    ] = "ignore",
+    max_lost: Annotated[
+        float, typer.Option(min=0, max=1, help="Maximum fraction of boxes that may be lost, as with records.max_lost.")
+    ] = 0.05,
+    boxes: Annotated[BoxForm, typer.Option(help="Units and layout of the box coordinates.")] = "format",
     to: Annotated[
-        Literal["records", "coco", "yolo"], typer.Option(help="Write records, a COCO file, or a YOLO folder.")
+        Literal["records", "coco", "yolo"], typer.Option(help="Output format: records, a COCO file, or a YOLO folder.")
     ] = "records",
 ) -> None:
-    """Turn annotations into records, or into another format.
+    """Convert annotations to records or to another format.
 
-    One JSON line an image with boxes in pixels; every image must be there in its annotated size. Dropped boxes are
-    counted by reason; the exit code is 2 if they are too many, or if no object is left that counts.
+    Records hold one JSON line per image, with boxes in pixels. Every annotated image must exist in its annotated size.
+    Dropped boxes are counted by reason. The exit code is 2 if too many boxes are dropped or no valid object is left.
     """
     from coordexp.records.convert import FILE_POLICIES, convert_file
     from coordexp.records.schema import write_records
@@ -221,7 +234,7 @@ def convert(
         write_coco(out, records, converted.named())
     elif to == "yolo":
         if left_out := write_yolo(out, records, converted.named(), images, split):
-            note(f"{left_out} ignore regions are left out: YOLO has none")
+            note(f"{left_out} ignore regions are left out: YOLO has no ignore regions")
     else:
         write_records(out, records)
     print(f"{out}:", "\n".join(converted.summary()))
@@ -229,25 +242,28 @@ def convert(
 
 @app.command()
 def export(
-    out: Annotated[Path, typer.Option(help="New folder, or with --predictions a JSON file.")],
-    checkpoint: Annotated[Literal["stage1", "stage1-control", "stage2"], typer.Option(help="Which one.")] = "stage2",
+    out: Annotated[Path, typer.Option(help="Folder to create; with --predictions, a JSON file.")],
+    checkpoint: Annotated[
+        Literal["stage1", "stage1-control", "stage2"], typer.Option(help="Checkpoint to publish.")
+    ] = "stage2",
     profile: ProfileName = None,
     params: ParamsFile = Path("params.yaml"),
     predictions: Annotated[
-        Path | None, typer.Option(exists=True, dir_okay=False, help="Only results: what predict --out wrote.")
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="Write only COCO results, from a log of predict --out."),
     ] = None,
     image_info: Annotated[
-        Path | None, typer.Option(exists=True, dir_okay=False, help="With --predictions: COCO's image_info JSON.")
+        Path | None, typer.Option(exists=True, dir_okay=False, help="With --predictions: the image_info JSON of COCO.")
     ] = None,
     license_id: Annotated[
-        str | None, typer.Option("--license", help="Licence for the model card, such as apache-2.0.")
+        str | None, typer.Option("--license", help="License for the model card, such as apache-2.0.")
     ] = None,
-    push: Annotated[str | None, typer.Option(help="Upload to the Hugging Face Hub as USER/NAME.")] = None,
+    push: Annotated[str | None, typer.Option(help="Upload the folder to the Hugging Face Hub as USER/NAME.")] = None,
 ) -> None:
-    """Publish a run.
+    """Publish a trained checkpoint as a Hugging Face folder.
 
-    A Hugging Face folder with a model card and COCO results; or with --predictions and --image-info only the results,
-    for a test server that keeps the annotations.
+    The folder holds the checkpoint, a model card, and COCO results. With --predictions and --image-info, write only the
+    COCO results, for an evaluation server whose annotations are not public.
     """
     from coordexp.config.run import RunConfig
     from coordexp.export.publish import publish
@@ -259,17 +275,18 @@ def export(
 
 @app.command()
 def init(
-    folder: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="Annotated pictures (docs/data.md).")],
-    name: Annotated[str | None, typer.Option(help="Name of the profile  [default: that of the folder]")] = None,
+    folder: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="Annotated images (docs/data.md).")],
+    name: Annotated[str | None, typer.Option(help="Name of the profile.  [default: the name of the folder]")] = None,
     base: Annotated[
-        str | None, typer.Option(help="Folder of the pretrained model, or a profile to extend  [default: the embedded]")
+        str | None,
+        typer.Option(help="Folder of the pretrained model, or a profile to extend.  [default: the embedded model]"),
     ] = None,
     params: ParamsFile = Path("params.yaml"),
 ) -> None:
-    """Make a profile for a folder of annotated pictures.
+    """Make a profile for a folder of annotated images.
 
-    Recognizes the format, looks at the pictures, writes configs/NAME.yaml with what differs from a profile that is
-    there, takes a few training steps to say how long a run lasts, and names the next command.
+    Recognizes the annotation format, inspects the images, and writes configs/NAME.yaml, which extends an existing
+    profile. Then takes a few training steps to estimate how long a run lasts, and prints the next command.
     """
     from coordexp.infra.threads import set_threads
     from coordexp.stage import LOG, tune_allocator
@@ -284,17 +301,24 @@ def init(
 
 @app.command()
 def serve(
-    checkpoint: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="Folder, such as runs/tiny/stage2.")],
+    checkpoint: Annotated[
+        Path, typer.Argument(exists=True, file_okay=False, help="Checkpoint folder, such as runs/tiny/stage2.")
+    ],
     profile: ProfileName = None,
     params: ParamsFile = Path("params.yaml"),
-    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 is all of this machine.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Of the first server; others take the next.")] = 8000,
-    only_print: Annotated[bool, typer.Option("--print", help="Print the commands for a shell, start nothing.")] = False,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0: all interfaces.")] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(min=1, max=65535, help="Port of the first server; more servers take the next ports.")
+    ] = 8000,
+    only_print: Annotated[
+        bool, typer.Option("--print", help="Print the shell commands instead of running them.")
+    ] = False,
 ) -> None:
-    """Serve a checkpoint by vLLM, exactly as the stages do.
+    """Serve a checkpoint with vLLM, exactly as the stages do.
 
-    One server for each device, or group of devices, of `rollout.serve` in the profile. Prints the URLs for
-    `rollout.servers` and runs until Ctrl-C. VLLM_API_KEY is what requests must bring along; without it, a new key.
+    Starts one server per device, or group of devices, of `rollout.serve` in the profile. Prints the URLs to set as
+    `rollout.servers`, and runs until Ctrl-C. Requests must send the API key in VLLM_API_KEY; if it is not set, a new
+    key is generated.
     """
     from coordexp.config.run import RunConfig
     from coordexp.rollout.serve import print_commands, run_servers
@@ -310,16 +334,22 @@ def serve(
 def doctor(
     profile: ProfileName = None,
     params: ParamsFile = Path("params.yaml"),
-    header_only: Annotated[bool, typer.Option("--header-only", help="Do not unpack images: sees less.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Write every problem here, one JSON object a line.")] = None,
-    page: Annotated[
-        Path | None, typer.Option(help="Write an HTML page here: pictures as the model will see them, and statistics.")
+    header_only: Annotated[
+        bool, typer.Option("--header-only", help="Do not decode images: faster, but finds fewer faults.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Write every problem to this file, one JSON object per line.")
     ] = None,
-    pin: Annotated[bool, typer.Option("--pin", help="First write the pins of the model into the profile.")] = False,
+    page: Annotated[
+        Path | None, typer.Option(help="Write an HTML page with statistics and with images as the model sees them.")
+    ] = None,
+    pin: Annotated[
+        bool, typer.Option("--pin", help="First pin the model files in the profile, by their hashes.")
+    ] = False,
 ) -> None:
-    """Find every fault of a profile's data and model in one pass, and say what a run will need.
+    """Check a profile's data and model in one pass, and estimate what a run needs.
 
-    Nothing is written unless --out, --page or --pin is given. The exit code is 2 if the stages would stop.
+    Writes files only with --out, --page or --pin. The exit code is 2 if a stage would stop with an error.
     """
     from coordexp.config.loading import load_params
     from coordexp.config.run import RunConfig
@@ -338,13 +368,13 @@ def doctor(
         from coordexp.doctor.page import write_page
 
         write_page(page, run_config, diagnosis.lines, diagnosis.records)
-        note(f"pictures and statistics: {page}")
+        note(f"images and statistics: {page}")
     if diagnosis.stops:
         raise typer.Exit(EXIT_USAGE)
 
 
 def _progress(items: Iterable[T], total: int, what: str) -> Iterator[T]:
-    """The items; meanwhile on stderr a bar if that is a terminal, else a plain line for every tenth of ten or more."""
+    """Yield the items and show progress on stderr: a bar on a terminal, otherwise a line after every tenth of them."""
     with bar(what, total) as at:
         for done, item in enumerate(items, 1):
             yield item

@@ -1,4 +1,4 @@
-"""What a detector found in a picture: objects to index, filter, draw and hand to other tools."""
+"""The objects that a detector found in an image: index, filter, draw, and convert them for other tools."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Picture = str | os.PathLike[str] | Image.Image | NDArray[np.uint8]
 
 @dataclass(frozen=True, slots=True)
 class Detection:
-    """One object: label, box in pixels of the picture as given, score."""
+    """One object: label, box in pixels of the input image, score."""
 
     desc: str
     bbox_xyxy_px: tuple[float, ...]
@@ -33,21 +33,21 @@ class Detection:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Detections:
-    """What was found in one picture, N objects in the order in which the model named them.
+    """The N objects found in one image, in the order in which the model wrote them.
 
     Attributes:
-        boxes_xyxy_px: (N, 4) float64, pixels of the picture as given (turned upright if its EXIF data say so).
-        descs: N names, free text.
-        scores: (N,) in [0, 1], higher is surer: the IoU that the model expects of the box, times the geometric mean of
-            the probabilities of its name's tokens ("quality" in rollout/confidence.py). A model that writes digits has
-            no distribution over bins: there, the geometric mean of the coordinates' probabilities.
-        width: of the picture, in pixels.
-        height: of the picture, in pixels.
-        raw_text: the model's whole answer.
-        parse: what the strict parser kept and dropped of it.
-        picture: what was asked about, as it was given; None where the answer comes from a file.
+        boxes_xyxy_px: (N, 4) float64, in pixels of the input image (after its EXIF orientation is applied).
+        descs: N labels, free text.
+        scores: (N,) in [0, 1], higher is more confident: the expected IoU of the box, times the geometric mean of the
+            probabilities of the label's tokens ("quality" in rollout/confidence.py). A model that writes digits has no
+            distribution over bins: its score is the geometric mean of the coordinates' probabilities.
+        width: of the image, in pixels.
+        height: of the image, in pixels.
+        raw_text: the model's complete answer.
+        parse: what the strict parser kept and dropped of the answer.
+        picture: the input image as it was given; None if the answer was read from a file.
 
-    `found[2]`, `found[:5]` and `found[found.scores > 0.5]` are Detections, too; iterating gives one `Detection` each.
+    `found[2]`, `found[:5]` and `found[found.scores > 0.5]` are Detections, too; iteration yields `Detection` objects.
     """
 
     boxes_xyxy_px: Boxes
@@ -66,7 +66,7 @@ class Detections:
     def __getitem__(
         self, which: int | slice | Sequence[int] | NDArray[np.bool_] | NDArray[np.integer[Any]]
     ) -> Detections:
-        """Some of the objects, by place, places or mask; the answer stays whole."""
+        """Select objects by index, slice, indices or mask; `raw_text` and `parse` stay complete."""
         places = np.arange(len(self))[which]
         keep = np.atleast_1d(places)
         descs = tuple(self.descs[i] for i in keep.tolist())
@@ -78,31 +78,31 @@ class Detections:
             yield Detection(desc, tuple(box), score)
 
     def above(self, threshold: float) -> Detections:
-        """Only the objects of at least this score."""
+        """Keep the objects with at least this score."""
         return self[self.scores >= threshold]
 
     def sorted(self) -> Detections:
-        """The same objects, the surest first."""
+        """Sort the objects by score, highest first."""
         return self[np.argsort(-self.scores, kind="stable")]
 
     def draw(self) -> Image.Image:
-        """The picture with its boxes, labels and scores; raises DataError where the picture is not known."""
+        """Draw boxes, labels and scores on the image; raises DataError if the image is not known."""
         from coordexp.drawing.boxes import draw_detections  # loads matplotlib
 
         if self.picture is None:
-            raise DataError("this answer does not know its picture; draw the one that `predict` gave.")
+            raise DataError("this answer was read from a file and has no image; draw what `predict` returned.")
         return draw_detections(open_picture(self.picture), self.boxes_xyxy_px, self.descs, self.scores.tolist())
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the picture with its boxes; the suffix says the format."""
+        """Write the image with its boxes; the suffix sets the format."""
         self.draw().save(path)
 
     def show(self) -> None:
-        """Open the picture with its boxes in the system's viewer; a notebook shows it as the value of a cell."""
+        """Open the image with its boxes in the system's viewer. In a notebook, the cell value shows it."""
         self.draw().show()
 
     def _repr_png_(self) -> bytes | None:
-        """What a notebook shows."""
+        """PNG that a notebook displays."""
         if self.picture is None:
             return None
         out = io.BytesIO()
@@ -110,19 +110,19 @@ class Detections:
         return out.getvalue()
 
     def named(self, names: Iterable[str]) -> Detections:
-        """Only the objects of these names; case, '_' and parentheses do not count. The answer stays whole."""
+        """Keep the objects with these labels, ignoring case, '_' and parentheses; the answer text stays complete."""
         wanted = {normalise_desc(name) for name in names}
         return self[np.array([normalise_desc(desc) in wanted for desc in self.descs], dtype=bool)]
 
     def to_coco(self, image_id: int, category_ids: Mapping[str, int]) -> list[dict[str, Any]]:
-        """The objects as COCO results; `category_ids` are by label.
+        """Convert the objects to COCO results; `category_ids` maps label to id.
 
         Raises:
-            DataError: a label of the answer has no id.
+            DataError: a label has no id.
         """
         ids = {normalise_desc(name): number for name, number in category_ids.items()}
         if unknown := sorted({desc for desc in self.descs if normalise_desc(desc) not in ids}):
-            raise DataError(f"category_ids lack {', '.join(unknown[:5])}; give them, or keep only others: named(...).")
+            raise DataError(f"category_ids lack {', '.join(unknown[:5])}; add them, or drop these labels: named(...).")
         return [
             {
                 "image_id": image_id,
@@ -142,10 +142,10 @@ class Detections:
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> Detections:
-        """The inverse of `to_json`; keys of other kinds do not matter.
+        """The inverse of `to_json`; other keys are ignored.
 
         Raises:
-            DataError: something of it is missing or of another type.
+            DataError: a key is missing, or its value has another type.
         """
         try:
             objects = row["objects"]
@@ -162,15 +162,15 @@ class Detections:
             raise DataError(f"no answer as `Detections.to_json` writes it ({error!r}).") from error
 
     def to_supervision(self, class_names: Sequence[str] | None = None) -> Any:
-        """The same objects as `supervision.Detections`, with the names in `data["class_name"]`.
+        """Convert to `supervision.Detections`, with the labels in `data["class_name"]`.
 
         Args:
-            class_names: `class_id` is the place in this list; case, '_' and parentheses do not count. Give the same
-                list for all pictures of a metric. None: the place among the names of this answer, sorted.
+            class_names: `class_id` is the index in this list, ignoring case, '_' and parentheses. Pass the same list
+                for all images of a metric. None: the index in the sorted labels of this answer.
 
         Raises:
-            ImportError: that package is not installed.
-            DataError: the list holds a name twice, or lacks one of the answer.
+            ImportError: the package supervision is not installed.
+            DataError: the list has a duplicate, or lacks a label of the answer.
         """
         try:
             import supervision
@@ -185,7 +185,7 @@ class Detections:
 
 
 def class_ids(descs: Sequence[str], class_names: Sequence[str] | None = None) -> NDArray[np.int64]:
-    """(N,) place of each name in `class_names`, which `Detections.to_supervision` explains; raises DataError."""
+    """(N,) index of each label in `class_names`, as `Detections.to_supervision` explains; raises DataError."""
     names = [normalise_desc(name) for name in (sorted(set(descs)) if class_names is None else class_names)]
     if class_names is None:
         names = list(dict.fromkeys(names))
@@ -194,16 +194,16 @@ def class_ids(descs: Sequence[str], class_names: Sequence[str] | None = None) ->
     place = {name: number for number, name in enumerate(names)}
     if unknown := sorted({desc for desc in descs if normalise_desc(desc) not in place}):
         raise DataError(
-            f"class_names lacks {', '.join(unknown[:5])} ({len(unknown)} of the names found); expected every name of "
-            "the answer. Add them, or keep only the others: found.named(class_names)."
+            f"class_names lacks {', '.join(unknown[:5])} ({len(unknown)} of the labels found); expected every label of "
+            "the answer. Add them, or drop these objects: found.named(class_names)."
         )
     return np.array([place[normalise_desc(desc)] for desc in descs], dtype=np.int64)
 
 
 def detections_of(result: ImageResult) -> Detections:
-    """The predictions of an answer that was parsed and scored."""
+    """The predictions of a parsed and scored answer."""
     if result.parse is None:
-        raise DataError(f"image {result.image_id}: holds no parsed answer.")
+        raise DataError(f"image {result.image_id}: has no parsed answer.")
     return Detections(
         boxes_xyxy_px=as_boxes([p.bbox_xyxy_px for p in result.pred]),
         descs=tuple(p.desc for p in result.pred),
@@ -216,11 +216,11 @@ def detections_of(result: ImageResult) -> Detections:
 
 
 def open_picture(image: Picture) -> Image.Image:
-    """A picture of any accepted kind as an upright RGB image: what training makes of the same file.
+    """Open an image of any accepted type as upright RGB, exactly as training does.
 
     Raises:
-        PictureError: the file cannot be read (`records.images.read_rgb`), or the array is not (H, W, 3) of uint8.
-        DataError: it is none of these kinds.
+        PictureError: the file cannot be read (`records.images.read_rgb`), or the array is not uint8 (H, W, 3).
+        DataError: the type is not accepted.
     """
     if isinstance(image, np.ndarray):
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
@@ -231,14 +231,14 @@ def open_picture(image: Picture) -> Image.Image:
     if not isinstance(image, str | os.PathLike):
         raise DataError(f"{describe(image)}: expected a file name, a PIL image, or an RGB array.")
     if is_address(image):
-        raise PictureError(f"{image}: nothing is taken from the network unless told to: fetch=True, or --fetch FOLDER.")
+        raise PictureError(f"{image}: images are downloaded only on request: fetch=True, or --fetch FOLDER.")
     return read_rgb(image)
 
 
 def describe(image: object) -> str:
-    """What was given, for messages."""
+    """Describe an input for messages."""
     if isinstance(image, np.ndarray):
         return f"array of shape {image.shape} and type {image.dtype}"
     if isinstance(image, Image.Image):
         return "PIL image"
-    return str(image) if isinstance(image, str | os.PathLike) else f"picture of type {type(image).__name__}"
+    return str(image) if isinstance(image, str | os.PathLike) else f"image of type {type(image).__name__}"

@@ -1,10 +1,11 @@
-"""A trained checkpoint as an object detector: pictures in, named and scored boxes out.
+"""A trained checkpoint as an object detector: images in, labeled and scored boxes out.
 
     detector = Detector.from_pretrained("runs/tiny/stage2")
     found = detector.predict("photo.jpg")
     for desc, box_xyxy_px, score in zip(found.descs, found.boxes_xyxy_px, found.scores): ...
 
-The model writes text; boxes come from the strict parser and scores from its own probabilities, as in evaluation.
+The model generates text. The strict parser reads the boxes, and the scores come from the model's own probabilities,
+exactly as in evaluation.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ from coordexp.text.codecs import get_codec
 from coordexp.text.prompts import question
 
 Prompt = dict[str, Any] | None  # as `metadata.prompt` of a record
-_Staged = tuple[Picture, Sample | PictureError]  # as it was given, and as it is asked about
+_Staged = tuple[Picture, Sample | PictureError]  # the input, and the sample that the model gets
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 MAX_NEW_TOKENS = 512
@@ -63,7 +64,7 @@ def _pool(servers: Sequence[str], folder: Path) -> ServerPool:
 
 
 class Detector:
-    """Answers of one checkpoint, decoded greedily; build it with `from_pretrained`."""
+    """An object detector from one checkpoint, decoded greedily; build it with `from_pretrained`."""
 
     def __init__(
         self,
@@ -74,7 +75,7 @@ class Detector:
         servers: Sequence[str] = (),
         engine: GroupEngine | None = None,
     ) -> None:
-        """Servers or the engine generate; `form` is a `Checkpoint` for answers of servers, which are scored here."""
+        """Servers or the engine generate. With servers, `form` is a `Checkpoint`: their answers are scored here."""
         self._checkpoint = form
         self._folder = folder
         self._preparer = SamplePreparer(form.tokenizer, get_codec(form.codec), form.pixels)
@@ -98,24 +99,24 @@ class Detector:
         device: str = AUTO,
         processes: int = 1,
     ) -> Detector:
-        """Load a checkpoint folder; `from_pretrained` is another name of this.
+        """Load a checkpoint folder; `from_pretrained` is an alias.
 
-        How large pictures are given to it, what it is asked, and how its answers are read stands in the folder: in the
-        processor files of transformers and in coordexp.json.
+        The folder defines the image size, the prompt, and how answers are read: in the processor files of transformers
+        and in coordexp.json.
 
         Args:
-            folder: a Hugging Face checkpoint, as the training stages write it, or a base model (it answers in digits);
-                or the id of one on the Hub, "user/name", which is fetched if it is not in the cache.
-            max_new_tokens: token budget of one answer; a longer one is cut (`parse.truncated`).
-            batch_images: pictures decoded together, which bounds the memory.
-            servers: URLs of vLLM servers of this checkpoint that generate in its place; the scores are computed here.
+            folder: a Hugging Face checkpoint that a training stage wrote, or a base model (it answers in digits); or
+                the id of one on the Hub, "user/name", which is downloaded if it is not in the cache.
+            max_new_tokens: maximum number of tokens per answer; a longer answer is truncated (`parse.truncated`).
+            batch_images: number of images decoded together; it bounds the memory.
+            servers: URLs of vLLM servers of this checkpoint that generate the answers; scores are computed here.
             device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N"; bfloat16 on GPUs.
-            processes: that answer side by side, on the GPUs in turn; 0 is one for each GPU. The answers are the same.
-                Above 1, the code of a script that makes a detector stands under `if __name__ == "__main__":`.
+            processes: number of worker processes, spread over the GPUs; 0: one per GPU. The answers do not depend on
+                it. Above 1, a script must create its detector under `if __name__ == "__main__":`.
 
         Raises:
-            CheckpointError: the folder is no usable checkpoint.
-            ConfigError: there is no such device.
+            CheckpointError: the folder is not a usable checkpoint.
+            ConfigError: the device does not exist.
         """
         path, devices = _local(folder), decode_devices(processes, device)
         form = load_format(path)
@@ -159,22 +160,21 @@ class Detector:
         threshold: float = 0.0,
         fetch: bool = False,
     ) -> Detections | list[Detections]:
-        """Detect the objects of one picture, or of each of several.
+        """Detect the objects in one image, or in each of several images.
 
         Args:
-            images: a file name, a PIL image, or an RGB array (H, W, 3) of uint8: the answer is one `Detections`. Or any
-                number of them in a list (or another iterable), or the name of a folder, or a pattern such as
-                "photos/*.jpg": the answer is a list. Pictures are read as in training: upright by their EXIF
-                orientation, 16-bit grey scaled, transparency on white.
-            find: labels to look for, in the prompt if the checkpoint was trained on lists of labels; the answer holds
-                no others. Empty: what the checkpoint was trained to be asked.
-            phrase: look for what a phrase means instead, of a checkpoint that was trained on phrases.
-            threshold: least score of an object.
-            fetch: take pictures from the network, where one is named by its URL; without it that is an error.
+            images: a file name, a PIL image, or a uint8 RGB array (H, W, 3): returns one `Detections`. Or a list (or
+                another iterable) of these, a folder, or a pattern such as "photos/*.jpg": returns a list. Images are
+                read as in training: EXIF orientation applied, 16-bit gray scaled, transparency put on white.
+            find: labels to look for. They are in the prompt if the checkpoint was trained with label lists; the result
+                contains no other labels. Empty: the prompt that the checkpoint was trained with.
+            phrase: a referring expression to look for instead, if the checkpoint was trained with phrases.
+            threshold: minimum score of an object.
+            fetch: download images that are given as URLs; without it, a URL is an error.
 
         Raises:
-            ConfigError: the checkpoint cannot be asked this.
-            DataError: naming the picture that cannot be read, or is no picture.
+            ConfigError: the checkpoint was not trained with this kind of prompt.
+            DataError: an input cannot be read or is not an image; the message names it.
         """
         if isinstance(images, str | os.PathLike) and _means_several(images):
             images = expand_images([os.fspath(images)])
@@ -187,10 +187,10 @@ class Detector:
         return [found.above(threshold) for found in self.stream(images, find=find, phrase=phrase)]
 
     def stream(self, images: Iterable[Picture], *, find: Sequence[str] = (), phrase: str = "") -> Iterator[Detections]:
-        """The answers to any number of pictures, in order, as they are ready; each picture as of `predict`.
+        """Detect in any number of images and yield the results in order, as they are ready; inputs as in `predict`.
 
-        Pictures are taken and read in a thread, while those before them are answered: a few more than are answered at a
-        time. What a picture raises, comes after the answers to those before it.
+        A thread takes and reads images ahead, slightly more than are decoded at a time. The error of an image is raised
+        after the results of the images before it.
         """
         with closing(self.attempt(images, find=find, phrase=phrase)) as answers:
             for found in answers:
@@ -201,35 +201,35 @@ class Detector:
     def attempt(
         self, images: Iterable[Picture], *, find: Sequence[str] = (), phrase: str = ""
     ) -> Generator[Detections | PictureError, None, None]:
-        """As `stream`, whole answers; a picture that cannot be read has its error in the answer's place."""
+        """As `stream`, but with complete answers; an image that cannot be read yields its error in place of one."""
         prompt = self._checkpoint.detection.prompt_for(find, phrase)
-        # Engines read image files, so that one in another process is fed in the same way. The files hold what the model
-        # sees: upright, losslessly, and already at its size.
+        # Engines read image files, so that an engine in another process gets the same input. The files hold what the
+        # model sees: upright, lossless, and already resized.
         with TemporaryDirectory(prefix="coordexp-") as name:
             folder, asked = Path(name), deque[list[_Staged]]()
             with closing(ahead(self._parts(images, prompt, folder, asked))) as parts:
                 for generations in self._answers(parts, folder):
                     yield from self._given(asked.popleft(), generations, folder)
-            while asked:  # what comes after the last picture that could be read
+            while asked:  # errors after the last readable image
                 yield from self._given(asked.popleft(), (), folder)
 
     def close(self) -> None:
-        """End the processes that answer, if there are any beside this one."""
+        """Stop the worker processes, if there are any."""
         if self._engine:
             self._engine.close()
 
     @property
     def takes_labels(self) -> bool:
-        """Whether labels that are looked for stand in the prompt: the checkpoint was trained on lists of them."""
+        """Whether labels go into the prompt: the checkpoint was trained with label lists."""
         return bool({"listed", "closed"} & set(self._checkpoint.detection.prompts))
 
     @property
     def takes_phrases(self) -> bool:
-        """Whether it can be asked what a phrase means: the checkpoint was trained on phrases."""
+        """Whether it accepts a phrase: the checkpoint was trained with phrases."""
         return "phrase" in self._checkpoint.detection.prompts
 
     def identity(self, find: Sequence[str] = (), phrase: str = "") -> AnswerSource:
-        """What decides its answers besides the picture: the checkpoint's files, the question, and the settings."""
+        """What determines its answers besides the image: the checkpoint's files, the prompt, and the settings."""
         asked = question(self._checkpoint.detection.prompt_for(find, phrase) or {"kind": "open"})
         settings = {"question": asked, **self._request.params.model_dump(), "seed": self._request.seed}
         return AnswerSource(fingerprint({}, answer_files(self._folder)), settings)
@@ -237,13 +237,13 @@ class Detector:
     def _parts(
         self, images: Iterable[Picture], prompt: Prompt, folder: Path, asked: deque[list[_Staged]]
     ) -> Iterator[list[Sample]]:
-        """Samples that are answered together, written to `folder`: few at first, so that answers come soon.
+        """Groups of samples to decode together, written to `folder`; the first ones are small for a fast first answer.
 
-        `asked` gets the same parts with the errors of pictures that cannot be read in their places.
+        `asked` gets the same groups, with errors in place of the images that cannot be read.
         """
         numbered, staged = enumerate(images), list[_Staged]()
         for part in count():
-            # Servers take many pictures at a time, and each part waits for its slowest.
+            # Servers process many images at a time, and each group waits for its slowest image.
             wanted = (4 * self._n_servers or min(2**part, GROUP_BATCHES)) * self._batch_images
             before, fault = len(staged), None
             try:
@@ -272,7 +272,7 @@ class Detector:
     def _given(
         self, staged: Sequence[_Staged], generations: Sequence[Generation], folder: Path
     ) -> Iterator[Detections | PictureError]:
-        """The answers of one part, errors in their places; the pictures on disk go."""
+        """The answers and errors of one group in input order; removes its image files."""
         samples = [one for _, one in staged if isinstance(one, Sample)]
         found = iter(self._read(samples, generations, folder) if samples else ())
         for image, one in staged:
@@ -307,19 +307,19 @@ class Detector:
 
 
 def _means_several(images: str | os.PathLike[str]) -> bool:
-    """Whether a name is that of a folder, or a pattern of names rather than one of a file."""
+    """Whether a name means a folder or a glob pattern, not one file."""
     return os.path.isdir(images) or (not os.path.exists(images) and not is_address(images) and has_magic(str(images)))
 
 
 def _fetched(images: Picture | Iterable[Picture]) -> Picture | Iterable[Picture]:
-    """The same; of several those named by their URL are fetched when they are asked for."""
+    """Pass inputs through; in an iterable, URLs are downloaded when they are reached."""
     if isinstance(images, str | os.PathLike | Image.Image | np.ndarray) or not isinstance(images, Iterable):
         return images
     return (fetched_rgb(one) if is_address(one) else one for one in images)
 
 
 def _local(folder: str | os.PathLike[str]) -> Path:
-    """The folder, or that of a model of the Hub in the cache; raises CheckpointError if it cannot be fetched."""
+    """The folder, or the cached folder of a Hub model; raises CheckpointError if it cannot be downloaded."""
     path, name = Path(folder), str(folder)
     if path.exists() or not _HUB_ID.fullmatch(name):
         return path
@@ -330,4 +330,4 @@ def _local(folder: str | os.PathLike[str]) -> Path:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.jinja", "*.safetensors", "*.txt"]))
     except (OSError, ValueError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{name}: no such folder, and not to be had from the Hub ({reason}).") from error
+        raise CheckpointError(f"{name}: no such folder, and not available from the Hub ({reason}).") from error

@@ -1,6 +1,6 @@
-"""Errors a user can cause, and the process exit codes they map to (public: scripts may rely on them).
+"""Errors that a user can cause, and their process exit codes (public: scripts may rely on them).
 
-Every message says what was found, where (file:line or full dotted key), what was expected, and what to do.
+Every message states what was found, where (file:line or full dotted key), what was expected, and what to do.
 """
 
 from __future__ import annotations
@@ -11,28 +11,28 @@ from difflib import get_close_matches
 EXIT_DONE = 0
 EXIT_BUG = 1
 EXIT_USAGE = 2  # bad configuration or data
-EXIT_SKIPPED = 3  # done, but inputs that cannot be used were left out and named (`--on-error skip`)
-EXIT_INTERRUPTED = 75  # run the same command again: it resumes
+EXIT_SKIPPED = 3  # done, but unusable inputs were skipped and reported (`--on-error skip`)
+EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: run the same command again, and it resumes
 
 
 class CoordExpError(Exception):
-    """Base of all errors that a user can mend."""
+    """Base class of all errors that a user can fix."""
 
 
 class ConfigError(CoordExpError):
-    """A parameter is unknown, of the wrong type, out of range, or removed."""
+    """A parameter is unknown, has the wrong type, is out of range, or was removed."""
 
 
 class DataError(CoordExpError):
-    """A record, annotation, image or prediction breaks its contract."""
+    """A record, annotation, image or prediction violates its contract."""
 
 
 class PictureError(DataError):
-    """One picture cannot be read, or not be given to a model; the others can."""
+    """One image cannot be read or cannot be fed to a model; the others are not affected."""
 
 
 class DamagedArtefactError(DataError):
-    """A stored file is not the one that was written: a bit changed, it was cut or edited, or it is gone."""
+    """A stored file differs from what was written: it was corrupted, truncated, edited, or deleted."""
 
 
 class CheckpointError(CoordExpError):
@@ -40,23 +40,23 @@ class CheckpointError(CoordExpError):
 
 
 class TrainingError(CoordExpError):
-    """Training cannot go on: a loss is not finite, or one of its processes failed."""
+    """Training cannot continue: a loss is not finite, or one of its processes failed."""
 
 
 class ServerError(CoordExpError):
-    """A vLLM server does not start, does not answer, or answers what is no answer."""
+    """A vLLM server does not start, does not reply, or sends an invalid reply."""
 
 
 class ProcessError(CoordExpError):
-    """A process that was to decode ended before its work was done."""
+    """A worker process ended before its work was done."""
 
 
 class BusyError(CoordExpError):
-    """Another process is at the same work."""
+    """Another process is doing the same work."""
 
 
 class Interrupted(CoordExpError):
-    """The stage was asked to stop and saved its state; running it again resumes."""
+    """The stage received a signal to stop and saved its state; the same command resumes it."""
 
 
 def closest(name: str, valid: Iterable[str]) -> str:

@@ -1,9 +1,9 @@
-"""What each stage of the graph is told: `inputs/<profile>/<stage>.json`, in git, the one dependency that is no data.
+"""The inputs of each stage of the graph: `inputs/<profile>/<stage>.json`, committed to git.
 
-`pipelines/inputs.yaml` declares which keys of `params.yaml` and of the profile a stage reads. The stage `check`
-validates both files whole and writes for every stage the values of its keys (the pins of the pretrained model are among
-those of the profile) and a hash of the code that it runs. A file of equal content is not touched: DVC runs a stage
-again when its file says something else.
+It is the only dependency of a stage in dvc.yaml that is not data. `pipelines/inputs.yaml` declares which keys of
+`params.yaml` and of the profile a stage reads. The stage `check` validates both files completely. It then writes for
+every stage the values of its keys (the profile includes the pins of the pretrained model) and a hash of the code that
+the stage runs. A file whose content would not change is not touched: DVC runs a stage again when its file changes.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from coordexp.infra.foreign import Gate
 INPUTS = Gate("what the stage `check` writes", ConfigError, "Run it again: dvc repro --single-item check.")
 TABLE = Path("pipelines/inputs.yaml")
 PARAMS_FILE = "params.yaml"
-PROFILE_FILE = "configs/${profile}.yaml"  # as dvc.yaml would write it
+PROFILE_FILE = "configs/${profile}.yaml"  # in the syntax of dvc.yaml
 CODE = "code"
-# All that these do for a stage is in the values that are recorded, or in the name of a cache.
+# Their whole effect on a stage is in the recorded values, or in the name of a cache.
 _LEFT_OUT = ("coordexp.config.loading", "coordexp.config.removed", "coordexp.infra.code_hash", "coordexp.inputs")
 
-Inputs = dict[str, Any]  # the JSON of one stage: values by the names that `-S` takes, and last the hash under CODE
+Inputs = dict[str, Any]  # the JSON of one stage: values by the keys that `-S` accepts, and last the hash under CODE
 
 
 @dataclass(frozen=True, slots=True)
 class Declaration:
-    """What a stage reads: dotted keys or blocks; `*` stands for any letters of one part."""
+    """The parameters that a stage reads: dotted keys or blocks; `*` matches any letters within one part."""
 
     stage: str
     params: tuple[str, ...]
@@ -46,7 +46,7 @@ class Declaration:
 
     @property
     def entry(self) -> str:
-        """The module that the stage runs."""
+        """The entry module of the stage."""
         return f"pipelines.{self.stage.replace('-', '_')}"
 
     def keys(self, file: str) -> tuple[str, ...]:
@@ -54,7 +54,7 @@ class Declaration:
         return self.params if file == PARAMS_FILE else self.profile
 
     def reads(self, file: str, key: str) -> bool:
-        """Whether the stage reads a key, by its own name or by that of a block."""
+        """Whether the stage reads a key, declared by itself or through its block."""
         return _within(key, self.keys(file))
 
 
@@ -67,23 +67,23 @@ class StagePlan:
     outs: frozenset[str]
 
     def makes(self, path: str) -> bool:
-        """Whether a path is an output of the stage, lies in one, or holds one."""
+        """Whether a path is an output of the stage, is inside one, or contains one."""
         return any(overlap(path, out) for out in self.outs)
 
     @property
     def inputs(self) -> PurePosixPath | None:
-        """The file that says what the stage is told; None for the stage that writes these files."""
+        """The inputs file of the stage; None for the stage that writes these files."""
         return next((path for dep in self.deps if (path := PurePosixPath(dep)).parts[0] == "inputs"), None)
 
 
 def overlap(one: str, other: str) -> bool:
-    """Whether one of two paths is the other or lies in it."""
+    """Whether the paths are equal, or one is inside the other."""
     a, b = PurePosixPath(one), PurePosixPath(other)
     return a.is_relative_to(b) or b.is_relative_to(a)
 
 
 def stage_plans(root: Path, profile: str) -> dict[str, StagePlan]:
-    """The stages of dvc.yaml under DVC's names, `decode@base` for an item of a `foreach`, in the order of the file."""
+    """The stages of dvc.yaml in file order, by DVC's names: `decode@base` for an item of a `foreach`."""
     plans = {}
     for name, stage in read_yaml(root / "dvc.yaml")["stages"].items():
         if "foreach" not in stage:
@@ -98,7 +98,7 @@ def stage_plans(root: Path, profile: str) -> dict[str, StagePlan]:
 
 def _plan(stage: Mapping[str, Any], profile: str, values: Mapping[str, Any]) -> StagePlan:
     def rendered(text: Any) -> Any:
-        for name, value in (*values.items(), ("profile", profile)):  # last: values hold it too
+        for name, value in (*values.items(), ("profile", profile)):  # last, because the values contain it, too
             text = text.replace(f"${{{name}}}", str(value)) if isinstance(text, str) else text
         return text
 
@@ -110,12 +110,12 @@ def _plan(stage: Mapping[str, Any], profile: str, values: Mapping[str, Any]) -> 
 
 
 def declared_as(stage: str) -> str:
-    """The name in the table of a stage of DVC: all items of a `foreach` are told the same."""
+    """The name of a DVC stage in the table: all items of a `foreach` share their inputs."""
     return stage.partition("@")[0]
 
 
 def following(plans: Mapping[str, StagePlan], stages: Sequence[str]) -> list[str]:
-    """The stages that read what these write, and so on, in the order of the plans; without these themselves."""
+    """All stages downstream of these, without these themselves, in the order of the plans."""
     found, waiting = set(stages), list(stages)
     while waiting:
         made = plans[waiting.pop()]
@@ -126,21 +126,21 @@ def following(plans: Mapping[str, StagePlan], stages: Sequence[str]) -> list[str
 
 
 def declarations(root: Path) -> list[Declaration]:
-    """The table of the repository at `root`; raises ConfigError where there is none."""
+    """The table of the repository at `root`; raises ConfigError if it does not exist."""
     table = read_yaml(root / TABLE)
     return [Declaration(name, *(tuple(told.get(k, ())) for k in ("params", "profile"))) for name, told in table.items()]
 
 
 @dataclass(frozen=True, slots=True)
 class StageTable:
-    """What the stages of a repository read, and the hash of the code of each."""
+    """The parameters that the stages of a repository read, and the code hash of each stage."""
 
     declarations: tuple[Declaration, ...]
     code: Mapping[str, str]
 
     @classmethod
     def of(cls, root: Path, only: str | None = None) -> StageTable:
-        """Read the table and the sources at `root`, for all stages or one; ConfigError: there is no such module."""
+        """Read the table and the sources at `root`, for all stages or one; ConfigError if a module does not exist."""
         declared = tuple(d for d in declarations(root) if only in (None, d.stage))
         modules = Modules.below(root / "src", root)
         if lost := [stage for stage in declared if stage.entry not in modules.files]:
@@ -148,7 +148,7 @@ class StageTable:
         return cls(declared, {d.stage: modules.code_hash(d.entry, left_out=_LEFT_OUT) for d in declared})
 
     def inputs(self, params: Params, profile: Profile) -> dict[str, Inputs]:
-        """The inputs by stage under these parameters; raises ConfigError for a declared key that there is not."""
+        """The inputs by stage for these parameters; raises ConfigError for a declared key that does not exist."""
         told: dict[str, Inputs] = {stage.stage: {} for stage in self.declarations}
         for file, block in ((PARAMS_FILE, params), (PROFILE_FILE, profile)):
             name = file.replace("${profile}", params.profile)
@@ -163,7 +163,7 @@ class StageTable:
 
 
 def write_inputs(run: RunConfig, root: Path) -> list[str]:
-    """Bring the files of a profile up to date with the repository at `root`; returns the stages that are told news."""
+    """Update the inputs files of a profile from the repository at `root`; returns the stages whose file changed."""
     folder = run.paths.inputs
     told = StageTable.of(root).inputs(run.params, run.profile)
     for stale in folder.glob("*.json"):
@@ -179,25 +179,25 @@ def write_inputs(run: RunConfig, root: Path) -> list[str]:
 
 
 def refuse_stale(run: RunConfig, root: Path, stage: str) -> None:
-    """Stop a stage of the graph whose file says something else than parameters and sources now do.
+    """Stop a stage of the graph whose inputs file differs from the present parameters and sources.
 
     Raises:
-        ConfigError: naming the first difference.
+        ConfigError: it states the first difference.
     """
     path = run.paths.inputs / f"{stage}.json"
-    if not path.is_file():  # run by hand, with outputs outside of the graph
+    if not path.is_file():  # run by hand, with outputs outside the graph
         return
     told = StageTable.of(root, only=stage).inputs(run.params, run.profile)
     if found := first_difference(INPUTS.read_object(path), told.get(stage, {})):
         key, then, now = found
         raise ConfigError(
-            f"{path}: {key} is {then!r} there, and now {now!r}. The stage `check` writes this file, and --single-item "
-            "and --downstream leave it out: run `dvc repro --single-item check` first, or plain `dvc repro`."
+            f"{path}: {key} is {then!r} in this file, but now it is {now!r}. The stage `check` writes this file, and "
+            "--single-item and --downstream skip it: run `dvc repro --single-item check` first, or plain `dvc repro`."
         )
 
 
 def first_difference(then: Inputs, now: Inputs) -> tuple[str, Any, Any] | None:
-    """The first name under which two inputs of a stage say something else, CODE as the last, with both values."""
+    """The first key whose values differ between two inputs of a stage (CODE comes last), with both values."""
     for key in sorted(then | now, key=lambda key: key == CODE):
         if then.get(key) != now.get(key):
             return key, then.get(key), now.get(key)
@@ -205,6 +205,6 @@ def first_difference(then: Inputs, now: Inputs) -> tuple[str, Any, Any] | None:
 
 
 def _within(key: str, names: Sequence[str]) -> bool:
-    """Whether a dotted key is one of the names, lies in a block of that name, or fits one with a star, part by part."""
+    """Whether a dotted key is one of the names, is inside a block of that name, or matches one with a `*`."""
     parts = key.split(".")
     return any(all(map(fnmatchcase, parts, stated)) for name in names if len(stated := name.split(".")) <= len(parts))

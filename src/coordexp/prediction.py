@@ -1,4 +1,4 @@
-"""What `coordexp predict` does with answers: the log that saves asking again, listings, notes and drawings."""
+"""How `coordexp predict` handles answers: it reuses them from a log, lists them, reports problems, and draws boxes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Answers = Iterator[tuple[Path, Detections | PictureError]]
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What is looked for: labels, or what a phrase means; nothing is what the checkpoint was trained to be asked."""
+    """What to look for: labels or a phrase; if both are empty, the prompt that the checkpoint was trained with."""
 
     find: tuple[str, ...] = ()
     phrase: str = ""
@@ -34,10 +34,10 @@ class Asked:
 def answers(
     detector: Detector, paths: Sequence[Path], log: PredictionLog | None, skip: bool = False, asked: Asked | None = None
 ) -> Answers:
-    """Each picture's answer, in order: from the log if it still holds, otherwise a new one, which is added to it.
+    """The answer to each image, in order: from the log if it is still valid, otherwise a new one, added to the log.
 
-    With `skip`, a picture that cannot be read has its error in the answer's place, also in the log, which asks it again
-    next time; otherwise PictureError is raised, when the pictures before it have been answered.
+    With `skip`, an image that cannot be read yields its error in place of an answer, also in the log; the next run
+    tries it again. Without `skip`, PictureError is raised after the images before it are answered.
     """
     asked = asked or Asked()
     if log is None:
@@ -57,7 +57,7 @@ def answers(
             log.add(str(path), source, sha256, _answer(found))
             yield path, found
     if others := log.close(source):
-        note(f"note: {log.path} also holds {others} answers of another checkpoint or other settings, not asked now.")
+        note(f"note: {log.path} also holds {others} answers from another checkpoint or other settings; they are kept.")
 
 
 def _from_log(log: PredictionLog, path: Path) -> Detections:
@@ -75,19 +75,19 @@ def _asked(
 
     def taken() -> Iterator[Path]:
         for path in paths:
-            # Before it is read: of a picture that is replaced meanwhile, the answer is asked again next time.
+            # Hash before reading: if the image is replaced in between, the next run predicts it again.
             hashes.append(_content(path) if hashed else "")
             yield path
 
     with closing(detector.attempt(taken(), find=asked.find, phrase=asked.phrase)) as answers_in_order:
         for path, found in zip(paths, answers_in_order, strict=True):
             if isinstance(found, PictureError) and not skip:
-                raise PictureError(f"{found} To go on with the other pictures: --on-error skip.") from found
+                raise PictureError(f"{found} To skip such images and continue: --on-error skip.") from found
             yield path, hashes.popleft(), found
 
 
 def _content(path: Path) -> str:
-    """sha256 of a picture's bytes; empty for what cannot be read, which asking it will say."""
+    """sha256 of an image's bytes; empty if it cannot be read: prediction reports that."""
     try:
         return image_sha256(path)
     except PictureError:
@@ -96,13 +96,13 @@ def _content(path: Path) -> str:
 
 def _note_reuse(log: PredictionLog, total: int, kept: int, stale: Counter[str]) -> None:
     if kept:
-        note(f"note: {kept} of {total} images are in {log.path} already, and their answers hold.")
+        note(f"note: {kept} of {total} images are in {log.path} already, and their answers are reused.")
     for why, count in sorted(stale.items()):
-        note(f"note: {count} of {total} images are in {log.path}, but are asked again: {why}.")
+        note(f"note: {count} of {total} images are in {log.path}, but are predicted again: {why}.")
 
 
 def json_line(path: Path, found: Detections | PictureError) -> str:
-    """One answer as a line of printable JSON; of a picture that cannot be read, the reason as `error`."""
+    """One answer as a line of printable JSON; for an image that cannot be read, the reason as `error`."""
     return printable(json.dumps({"image": str(path)} | _answer(found), ensure_ascii=False))
 
 
@@ -111,19 +111,19 @@ def _answer(found: Detections | PictureError) -> dict[str, Any]:
 
 
 def show_failure(path: Path, error: PictureError, as_json: bool) -> None:
-    """Say why a picture has no answer, with `as_json` also in its place in the output."""
+    """Report why an image has no answer; with `as_json`, also on stdout in place of the answer."""
     note(f"skipped: {error}")
     if as_json:
         print(json_line(path, error))
 
 
 def note_skipped(skipped: Sequence[Path], total: int) -> None:
-    """Say at the end which pictures have no answer."""
+    """Report at the end which images have no answer."""
     note(f"note: {len(skipped)} of {total} images could not be read: {', '.join(map(str, skipped[:SHOWN_NAMES]))}.")
 
 
 def listing(path: Path, found: Detections) -> str:
-    """One answer for people to read: a line of its own for each object."""
+    """One answer as readable text, one line per object."""
     lines = [f"{printable(str(path))}: {found.width} x {found.height} px, {len(found)} objects"]
     for desc, box, score in zip(found.descs, found.boxes_xyxy_px.tolist(), found.scores.tolist(), strict=True):
         lines.append(f"  {score:.2f}  {printable(desc)}  [{', '.join(f'{v:.1f}' for v in box)}]")
@@ -131,11 +131,11 @@ def listing(path: Path, found: Detections) -> str:
 
 
 def note_answer(path: Path, found: Detections, max_new_tokens: int) -> None:
-    """Say what of an answer could not be used."""
+    """Report which parts of an answer could not be used."""
     if not found.parse.container_found:
-        note(f"note: {path}: the answer is no list of objects; --json shows it.")
+        note(f"note: {path}: the answer is not a list of objects; --json shows it.")
     elif found.parse.truncated:
-        note(f"note: {path}: the answer was cut (--max-new-tokens {max_new_tokens}), objects may be missing.")
+        note(f"note: {path}: the answer was truncated (--max-new-tokens {max_new_tokens}); objects may be missing.")
     if dropped := found.parse.dropped:
         reasons = ", ".join(f"{reason} {n}" for reason, n in sorted(dropped.items()))
         note(f"note: {path}: {sum(dropped.values())} invalid objects dropped ({reasons}).")
@@ -143,26 +143,26 @@ def note_answer(path: Path, found: Detections, max_new_tokens: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """What of the answers is shown: labels (none is all) at a least score, as JSON or to be read, and drawn where."""
+    """What to show of the answers: labels (empty: all), minimum score, JSON or text, and where to draw."""
 
     names: Sequence[str]
     threshold: float
     as_json: bool
     max_new_tokens: int
     targets: Mapping[Path, Path]
-    keeps_rows: bool = False  # what was shown is needed afterwards, too
+    keeps_rows: bool = False  # the caller needs the shown objects afterwards
 
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """What was shown, as JSON values, and the pictures that could not be read."""
+    """The shown objects as JSON values, and the images that could not be read."""
 
     rows: list[dict[str, Any]]
     skipped: list[Path]
 
 
 def show(found_in: Iterable[tuple[Path, Detections | PictureError]], view: View) -> Shown:
-    """Print and draw the answers as they come, and say at the end which labels nothing had."""
+    """Print and draw the answers as they arrive; report at the end which labels were not found."""
     shown, seen = Shown([], []), set[str]()
     for path, found in found_in:
         if isinstance(found, PictureError):
@@ -182,22 +182,22 @@ def show(found_in: Iterable[tuple[Path, Detections | PictureError]], view: View)
 
 
 def note_question(detector: Detector, asked: Asked) -> None:
-    """Say where the labels that are looked for cannot be in the prompt."""
+    """Report it if the labels to look for cannot be put into the prompt."""
     if asked.find and not detector.takes_labels:
-        note("note: this checkpoint was not trained on lists of labels: asked for everything, others are left out.")
+        note("note: this checkpoint was not trained with label lists: it looks for everything, then filters by label.")
 
 
 def note_absent(names: Sequence[str], seen: set[str]) -> None:
-    """Say which of the wanted names no object had: a typing error, or truly nothing."""
+    """Report which of the wanted labels no object has: a typo, or the objects are not there."""
     called = {normalise_desc(desc) for desc in seen}
     absent = [name for name in names if normalise_desc(name) not in called]
     if absent:
         others = ", ".join(map(printable, sorted(seen)[:SHOWN_NAMES])) or "nothing"
-        note(f"note: nothing was called {', '.join(absent)}; the model found {others}.")
+        note(f"note: no object is labeled {', '.join(absent)}; the model found {others}.")
 
 
 def draw(path: Path, found: Detections, target: Path) -> None:
-    """Write the picture with its boxes."""
+    """Write the image with its boxes."""
     from coordexp.drawing.boxes import draw_detections  # loads matplotlib, which most calls do not need
 
     draw_detections(open_picture(path), found.boxes_xyxy_px, found.descs, found.scores.tolist()).save(target)

@@ -1,4 +1,4 @@
-"""What every stage does around its work: allocator, threads, arguments, log, exit codes."""
+"""The frame around every stage: arguments, allocator, threads, logging, run record, exit codes."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ from coordexp.inputs import refuse_stale
 
 LOG = logging.getLogger("coordexp")
 
-# glibc malloc.h: parameter number and value. Freed blocks stay with the process instead of going back to the kernel and
-# being zeroed again at the next step, which otherwise dominates CPU training.
+# glibc malloc.h: parameter number and value. Freed blocks stay with the process. By default glibc returns large ones to
+# the kernel, which zeroes them again at the next step; that dominates the time of CPU training.
 MALLOPT = {
     "M_MMAP_THRESHOLD": (-3, 2**30),
     "M_TRIM_THRESHOLD": (-1, 2**31 - 1),
@@ -48,7 +48,7 @@ MALLOPT = {
 }
 
 
-# Faults of the disk, not of the program.
+# Errors of the disk, not of the program.
 WRITE_FAULTS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO})
 
 
@@ -61,7 +61,7 @@ class AllocatorDecision:
 
 
 def tune_allocator(log: logging.Logger) -> AllocatorDecision:
-    """Make glibc keep freed blocks for reuse; on any other C library do nothing. Logs one line with the reason."""
+    """Make glibc keep freed blocks for reuse; do nothing with another C library. Logs the decision and the reason."""
     decision = _tune_allocator()
     action = "keeps freed memory" if decision.keeps_freed_memory else "untouched"
     log.info("allocator: %s (%s)", action, decision.reason)
@@ -71,22 +71,22 @@ def tune_allocator(log: logging.Logger) -> AllocatorDecision:
 def _tune_allocator() -> AllocatorDecision:
     library, version = platform.libc_ver()
     if library != "glibc":
-        return AllocatorDecision(False, f"the C library is {library or 'not glibc'}, the settings are glibc's")
+        return AllocatorDecision(False, f"the C library is {library or 'not glibc'}; the settings exist only in glibc")
     if chosen := sorted(name for name in os.environ if name.startswith("MALLOC_")):
         return AllocatorDecision(False, f"the environment sets {', '.join(chosen)}")
     libc = ctypes.CDLL(None)
     refused = [name for name, (number, value) in MALLOPT.items() if libc.mallopt(number, value) != 1]
     if refused:
         return AllocatorDecision(False, f"glibc {version} refused {', '.join(refused)}")
-    return AllocatorDecision(True, f"glibc {version}: returning and zeroing pages again costs more than the work")
+    return AllocatorDecision(True, f"glibc {version}: returning pages and zeroing them again costs more than the work")
 
 
 @contextmanager
 def lasting_imports() -> Iterator[None]:
-    """Leave what is imported meanwhile out of garbage collection, now and at the end of the process.
+    """Exclude the objects of imports from garbage collection, now and at the end of the process.
 
-    torch and transformers make a million objects that last as long as the process. Looking at them again and again
-    while they are made is a fifth of the time of importing them, and as much again goes at the exit.
+    torch and transformers create a million objects that live as long as the process. Scanning them repeatedly during
+    the import takes a fifth of the import time, and as much again at exit.
     """
     gc.disable()
     try:
@@ -98,15 +98,15 @@ def lasting_imports() -> Iterator[None]:
 
 @printable_output()
 def stage_main(run: Callable[..., None], argv: Sequence[str] | None = None, names: Sequence[str] = ()) -> int:
-    """Run one stage as a process, leave the record of the run, and return its exit code.
+    """Run one stage as a process, write the record of the run, and return its exit code.
 
-    A stage that exists once for each of `names` gets the name as its second argument.
+    A stage that exists once per name in `names` gets the name as its second argument.
 
-    Errors that a user can mend become one message on stderr: 2 for configuration, data and checkpoints, 75 when
-    interrupted with saved state, 1 when training cannot go on. Anything else is a bug and keeps its traceback. What is
-    printed is printable, whatever names are in it.
+    Errors that a user can fix become one message on stderr. The exit code is 2 for configuration, data and checkpoints,
+    75 when interrupted with saved state, and 1 when training cannot continue. Any other error is a bug and keeps its
+    traceback. Control characters in foreign names are escaped in the output.
     """
-    gc.freeze()  # what the stage has imported lasts as long as the process: collecting it at the exit takes a second
+    gc.freeze()  # imported objects live as long as the process: collecting them at exit would take a second
     logging.basicConfig(handlers=[StdoutHandler()], format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     LOG.setLevel(logging.INFO)
     try:
@@ -114,7 +114,7 @@ def stage_main(run: Callable[..., None], argv: Sequence[str] | None = None, name
             _run_recorded(run, _parser(run.__doc__, names).parse_args(argv))
     except (Interrupted, KeyboardInterrupt) as error:
         mark(resume_root())
-        why = str(error) or "stopped by a signal; run the same command again."
+        why = str(error) or "stopped by a signal; run the same command again to resume."
         return _fail(f"interrupted: {why}", EXIT_INTERRUPTED)
     except TrainingError as error:
         return _fail(f"error: {error}", EXIT_BUG)
@@ -130,19 +130,19 @@ def stage_main(run: Callable[..., None], argv: Sequence[str] | None = None, name
 def _write_fault(error: OSError) -> str:
     where = error.filename or "an output of this stage"
     before = (
-        " DVC removed the outputs of before when it began this stage: `dvc checkout --force` brings back those that "
-        "dvc.lock names."
+        " DVC removed the previous outputs when it started this stage; `dvc checkout --force` restores those that are "
+        "in dvc.lock."
         if "DVC_STAGE" in os.environ
         else ""
     )
     return (
-        f"{where}: cannot be written: {error.strerror}. No output was put into its place.{before} Make room, or make "
-        "the folder writable, and run the same command again: it goes on from the last saved state."
+        f"{where}: cannot be written: {error.strerror}. No incomplete output was left in place.{before} Free some disk "
+        "space or make the folder writable, then run the same command again: it resumes from the last saved state."
     )
 
 
 def _run_recorded(run: Callable[..., None], args: argparse.Namespace) -> None:
-    """Run the stage; of several processes of one training, the one that started them keeps the record."""
+    """Run the stage and write its record; with several training processes, only the launching process writes it."""
     stage = _stage_name(run)
     context = _context(args, stage)
     record = context.paths.run_record(f"{stage}@{args.name}" if args.name else stage)
@@ -160,7 +160,7 @@ def _run_recorded(run: Callable[..., None], args: argparse.Namespace) -> None:
 
 
 def _stage_name(run: Callable[..., None]) -> str:
-    """Each stage has its name from the file of its entry."""
+    """The name of a stage comes from the file of its entry point."""
     code = getattr(run, "__code__", None)
     return Path(code.co_filename).stem.replace("_", "-") if code else ""
 
@@ -172,29 +172,31 @@ def _cpu_seconds() -> float:
 
 def _context(args: argparse.Namespace, stage: str) -> RunConfig:
     if args.device:
-        os.environ[DEVICE_VARIABLE] = args.device  # also for the processes that this one starts
+        os.environ[DEVICE_VARIABLE] = args.device  # child processes inherit it
     context = RunConfig.read(args.params, args.profile, args.out)
     if stage:
         refuse_stale(context, args.params.parent, stage)
     tune_allocator(LOG)
     set_threads(context.profile.launch.threads, LOG)
     if shutil.which("git") is None:
-        LOG.warning("git is not installed: the record of this run will not say from which commit it is.")
+        LOG.warning("git is not installed: the record of this run will not contain the commit.")
     return context
 
 
 def _parser(description: str | None, names: Sequence[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
     if names:
-        parser.add_argument("name", choices=names, help="of which checkpoint")
+        parser.add_argument("name", choices=names, help="name of the checkpoint")
     else:
         parser.set_defaults(name="")
-    parser.add_argument("--profile", help="which configs/<profile>.yaml; default: `profile` of the parameter file")
-    parser.add_argument("--params", type=Path, default=Path("params.yaml"), help="default: %(default)s")
+    parser.add_argument("--profile", help="configs/<profile>.yaml (default: the `profile` of --params)")
     parser.add_argument(
-        "--device", help=f"auto (a GPU if there is one), cpu, cuda or cuda:N; default: {DEVICE_VARIABLE}, or auto"
+        "--params", type=Path, default=Path("params.yaml"), help="parameter file (default: %(default)s)"
     )
-    parser.add_argument("--out", type=Path, default=Path(), help="folder of data/, runs/ and reports/ (default: here)")
+    parser.add_argument(
+        "--device", help=f"auto (a GPU if there is one), cpu, cuda or cuda:N (default: {DEVICE_VARIABLE} or auto)"
+    )
+    parser.add_argument("--out", type=Path, default=Path(), help="folder of data/, runs/ and reports/ (default: .)")
     return parser
 
 

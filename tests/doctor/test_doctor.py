@@ -1,4 +1,4 @@
-"""`coordexp doctor`: all faults in one pass, what stops a run and what is dropped, and what a run needs."""
+"""`coordexp doctor`: all problems in one pass, whether they stop a run, and the needs of a run."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_parameters_are_counted_without_loading_them(repository):
 
 
 def smoke(repository: Path, codec: str = "json", **launch: object) -> RunConfig:
-    """The smoke profile (64 x 64 to 96 x 96 px), with this codec and launched so."""
+    """The smoke profile (64 x 64 to 96 x 96 px), with this codec and these launch settings."""
     run = RunConfig.read(repository / "params.yaml", "smoke")
     text = run.params.text.model_copy(update={"codec": codec})
     profile = run.profile.model_copy(update={"launch": run.profile.launch.model_copy(update=launch)})
@@ -110,7 +110,7 @@ def test_needs_by_hand(repository, monkeypatch):
     tight = replace(run, params=run.params.model_copy(update={"decode": decode}))
     assert needs_of(tight, [record] * 10).over_budget == 10
     assert needs_of(smoke(repository, "tags"), [record] * 10).text_tokens < needs.text_tokens
-    assert needs_of(smoke(repository, processes=0), [record] * 10) == needs  # how many there are is not known here
+    assert needs_of(smoke(repository, processes=0), [record] * 10) == needs  # their number is not known here
     spread = needs_of(smoke(repository, processes=4, sharding="fsdp2", rows_per_forward=1), [record] * 10).memory
     assert spread.moments == needs.memory.moments // 4
 
@@ -123,7 +123,7 @@ def test_the_longest_record_is_as_long_as_its_sample(repository, monkeypatch, co
     base = load_checkpoint(repository / "models" / "tiny-base", *limits)
     add_coordinate_tokens(base.model, base.tokenizer, "mean", 0)
     preparer = SamplePreparer(base.tokenizer, get_codec(codec), base.pixels)
-    # Names that this tokenizer spells in several pieces, in the answer and in the prompt.
+    # Names of several tokens in this tokenizer, in the answer and in the prompt.
     names = ("fire hydrant", "wine glass", "toothbrush", "Köttbullar", "人")
     objects = tuple(ObjectRecord(names[i % 5], (i, i, i + 9, i + 9)) for i in range(20))
     asked = {"prompt": {"kind": "listed", "style": 1, "names": [*names[:2], "refrigerator", "surfboard"]}}
@@ -161,7 +161,7 @@ def write_profile(repository: Path, coco: Path, folder: Path) -> Path:
     return folder / "params.yaml"
 
 
-def test_the_command_says_what_would_happen(repository, coco, tmp_path, capfd):
+def test_the_command_reports_what_would_happen(repository, coco, tmp_path, capfd):
     params = write_profile(repository, coco, tmp_path)
     assert load_params(params).profile == "mine"
     with pytest.raises(SystemExit) as stopped:
@@ -170,7 +170,7 @@ def test_the_command_says_what_would_happen(repository, coco, tmp_path, capfd):
     out = capfd.readouterr().out
     assert "train: 12 records, 24 objects" in out
     assert "no fault found" in out
-    assert "nothing here stops a run" in out
+    assert "nothing here would stop a run" in out
     spoil(coco)
     listing = tmp_path / "faults" / "all.jsonl"
     with pytest.raises(SystemExit) as stopped:
@@ -189,8 +189,8 @@ def test_the_command_says_what_would_happen(repository, coco, tmp_path, capfd):
     ]  # fmt: skip
 
 
-def test_what_stops_a_run_as_a_whole_is_written_too(repository, coco, tmp_path, capfd):
-    """A set without its folder, and records that no pack holds: neither is a fault of one annotation."""
+def test_problems_of_the_whole_run_are_written_too(repository, coco, tmp_path, capfd):
+    """A set without its folder, and records longer than a pack: neither is a problem of a single annotation."""
     params = write_profile(repository, coco, tmp_path)
     file = tmp_path / "configs" / "mine.yaml"
     profile = read_yaml(file)
@@ -207,9 +207,9 @@ def test_what_stops_a_run_as_a_whole_is_written_too(repository, coco, tmp_path, 
     assert "longer than a pack" in faults[1]["detail"]
 
 
-def test_composed_scenes_need_no_doctor(repository, capfd, monkeypatch):
+def test_composed_scenes_need_no_check(repository, capfd, monkeypatch):
     monkeypatch.chdir(repository)
     with pytest.raises(SystemExit) as stopped:
         cli.main(["doctor", "--profile", "smoke"])
     assert not stopped.value.code
-    assert "scenes are composed by the raw stage" in capfd.readouterr().out
+    assert "the raw stage composes the scenes" in capfd.readouterr().out

@@ -1,4 +1,4 @@
-"""`coordexp init`: a folder in any format becomes a profile that doctor accepts and the stages run."""
+"""`coordexp init`: from a folder in any format to a profile that doctor accepts and the stages can run."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_a_folder_without_val_goes_through_the_stages(clone: Path, tmp_path: Pat
 
 
 @pytest.mark.usefixtures("instant")
-def test_a_profile_holds_only_what_differs(clone: Path, tmp_path: Path) -> None:
+def test_a_profile_contains_only_differences(clone: Path, tmp_path: Path) -> None:
     write_photos("coco", tmp_path / "My Photos (2)", {"train": 28, "val": 10})
     lines = init(tmp_path / "My Photos (2)", base=None, name=None)
     path = clone / "configs" / "my-photos-2.yaml"
@@ -112,12 +112,12 @@ def test_a_profile_holds_only_what_differs(clone: Path, tmp_path: Path) -> None:
     assert profile.records.dev_images == 3
     assert 100 <= profile.stage1.steps <= base.stage1.steps
     assert str(path.relative_to(clone)) in "".join(lines)
-    with pytest.raises(ConfigError, match="there is such a profile already, and it is not replaced"):
+    with pytest.raises(ConfigError, match="this profile exists already and is not replaced"):
         init(tmp_path / "My Photos (2)", base=None, name=None)
 
 
 @pytest.mark.usefixtures("instant")
-def test_packs_and_answers_have_room_for_crowded_pictures(clone: Path, tmp_path: Path) -> None:
+def test_packs_and_answers_fit_crowded_images(clone: Path, tmp_path: Path) -> None:
     root = tmp_path / "set"
     (root / "images").mkdir(parents=True)
     rows = []
@@ -151,20 +151,20 @@ def test_another_model_is_pinned(clone: Path, tmp_path: Path, repository: Path) 
     assert set(model["files"]) >= {"config.json", "model.safetensors"}
 
 
-def test_what_is_not_understood_is_listed(clone: Path, tmp_path: Path) -> None:
+def test_unrecognized_files_are_listed(clone: Path, tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
     for i in range(3):
         picture(i).save(tmp_path / "set" / f"{i}.jpg")
     (tmp_path / "set" / "notes.md").write_text("mine")
-    with pytest.raises(DataError, match=r"no annotations that are understood\. Found 3 \.jpg, 1 \.md"):
+    with pytest.raises(DataError, match=r"no annotations were recognized\. Found 3 \.jpg, 1 \.md"):
         init(tmp_path / "set")
     assert not (clone / "configs" / "mine.yaml").exists()
 
 
 @pytest.mark.parametrize(
-    ("name", "base", "message"), [("Mine!", "smoke", "expected small letters"), ("mine", "nope", "neither")]
+    ("name", "base", "message"), [("Mine!", "smoke", "expected lowercase letters"), ("mine", "nope", "neither")]
 )
-def test_wrong_arguments_are_named(clone: Path, tmp_path: Path, name: str, base: str, message: str) -> None:
+def test_invalid_arguments_are_reported(clone: Path, tmp_path: Path, name: str, base: str, message: str) -> None:
     write_photos("coco", tmp_path / "set", {"train": 4})
     with pytest.raises(ConfigError, match=message):
         init(tmp_path / "set", base, name)
@@ -179,7 +179,7 @@ def test_the_page_shows_boxes_from_their_bins(clone: Path, tmp_path: Path, capsy
         cli.main(["doctor", "--profile", "mine", "--page", "page.html", "--out", "faults.jsonl"])
     assert stopped.value.code == 2
     page = Path("page.html").read_text(encoding="utf-8")
-    assert page.count("data:image/jpeg;base64,") == 17  # without the broken one
+    assert page.count("data:image/jpeg;base64,") == 17  # without the damaged image
     assert "<script" not in page
     assert all(f"<td>{name}</td>" in page for name in ("cat", "red mug"))
     assert '<span class="stop">STOP: ' in page
@@ -188,7 +188,7 @@ def test_the_page_shows_boxes_from_their_bins(clone: Path, tmp_path: Path, capsy
 
 
 @pytest.mark.usefixtures("instant")
-def test_decoded_boxes_lie_where_the_annotated_ones_do(clone: Path, tmp_path: Path) -> None:
+def test_decoded_boxes_match_the_annotated_ones(clone: Path, tmp_path: Path) -> None:
     write_photos("coco", tmp_path / "set", {"train": 6, "val": 4})
     init(tmp_path / "set")
     run = run_of()
@@ -199,7 +199,7 @@ def test_decoded_boxes_lie_where_the_annotated_ones_do(clone: Path, tmp_path: Pa
         assert set(sample.descs) <= set(NAMES)
 
 
-def test_steps_are_really_taken(clone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_real_steps_are_taken(clone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_photos("coco", tmp_path / "set", {"train": 8, "val": 4})
     timed = []
     monkeypatch.setattr(

@@ -1,4 +1,4 @@
-"""Memory by arithmetic, against real models: their parameters, their adapters, and what autograd keeps of a forward."""
+"""Computed memory compared with real models: parameters, adapters, and tensors that autograd saves."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_parameters_by_part_are_those_of_the_model(size):
 @pytest.mark.parametrize("method", ["lora", "dora"])
 @pytest.mark.parametrize("size", ["2b", "8b"])  # tied, untied
 @pytest.mark.parametrize("frozen", [None, "vision", "language"])
-def test_trained_parameters_are_those_that_peft_trains(size, method, frozen):
+def test_trained_parameters_equal_those_of_peft(size, method, frozen):
     pytest.importorskip("peft")
     how = tuning(method=method, **({frozen: "freeze"} if frozen else {}))
     model = build_shrunken(qwen3_vl_config(size), seed=0)
@@ -69,7 +69,7 @@ def build(layers: int, text: dict[str, int], vision: dict[str, int]) -> Qwen3VLF
 
 
 def kept_bytes(model: torch.nn.Module, forward: Callable[[], Any]) -> int:
-    """Bytes of all tensors that autograd saves, each storage once, weights left out."""
+    """Bytes of all tensors that autograd saves, each storage once, without weights."""
     own = {p.untyped_storage()._cdata for p in model.parameters()}
     found: dict[int, torch.Tensor] = {}
 
@@ -84,12 +84,12 @@ def kept_bytes(model: torch.nn.Module, forward: Callable[[], Any]) -> int:
 
 
 def per_unit_and_layer(measure: Callable[[int, int], int], few: int, many: int) -> float:
-    """What one more layer keeps for one more token: the second difference, which no constant part survives."""
+    """Bytes saved per layer and token: the second difference, in which constant parts cancel."""
     return (measure(4, many) - measure(4, few) - measure(2, many) + measure(2, few)) / (2 * (many - few))
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=["narrow", "wide"])
-def test_what_a_decoder_layer_keeps(shape):
+def test_bytes_saved_by_a_decoder_layer(shape):
     def measure(layers: int, tokens: int) -> int:
         model = build(layers, shape, {}).model.language_model
         embeds = torch.randn(1, tokens, model.config.hidden_size, requires_grad=True)
@@ -100,7 +100,7 @@ def test_what_a_decoder_layer_keeps(shape):
 
 
 @pytest.mark.parametrize("shape", [{}, {"hidden_size": 96, "num_heads": 3, "intermediate_size": 300}])
-def test_what_a_vision_block_keeps(shape):
+def test_bytes_saved_by_a_vision_block(shape):
     def measure(layers: int, side: int) -> int:
         model = build(layers, {}, shape).model.visual
         grid, patches = torch.tensor([[1, side, side]]), torch.randn(side * side, 3 * 2 * 16 * 16)
@@ -110,8 +110,8 @@ def test_what_a_vision_block_keeps(shape):
     assert found == vision_block_bytes(build(2, {}, shape).config.to_dict())
 
 
-def test_the_plan_of_the_real_sizes():
-    """Full training of 4B needs 16 bytes a parameter and 2 of a copy; adapters little beside weights of 2 bytes."""
+def test_memory_of_the_published_sizes():
+    """Full training of 4B needs 16 + 2 (copy) bytes per parameter; adapters need little more than 2-byte weights."""
     config = qwen3_vl_config("4b").to_dict()
     forward = {"tokens": 8192, "image_tokens": 5000, "supervised": 2500}
     full = step_memory(config, tuning(activations="recompute"), "adamw", **forward)
@@ -127,8 +127,8 @@ def test_the_plan_of_the_real_sizes():
     assert lora.gradients + lora.moments < 0.02 * (full.gradients + full.moments)
 
 
-def test_logits_are_one_chunk():
-    """Beside it the coordinate logits of the slots, and the gradient of the trained rows of the head."""
+def test_only_one_chunk_of_logits_is_counted():
+    """In addition to the coordinate logits of the slots, and the gradient of the head's trained rows."""
     config = qwen3_vl_config("4b").to_dict()
     vocab_size = config["text_config"]["vocab_size"]
     forward = {"tokens": 8192, "image_tokens": 5000, "supervised": 2500}
@@ -142,7 +142,7 @@ def test_logits_are_one_chunk():
     assert small.logits == 4 * 2500 * 5000 + coordinates + 4 * 2560 * 5000
 
 
-def test_the_peak_is_in_the_update_where_it_is_not_fused():
+def test_the_peak_is_in_the_update_without_a_fused_optimizer():
     config = qwen3_vl_config("4b").to_dict()
     forward = {"tokens": 2048, "image_tokens": 1200, "supervised": 800}
     how = tuning(activations="recompute", vision_activations="recompute")
@@ -152,7 +152,7 @@ def test_the_peak_is_in_the_update_where_it_is_not_fused():
     assert step_memory(config, how, "muon", **forward).update < on_cpu.update
 
 
-def test_each_part_recomputes_or_keeps_and_a_frozen_tower_keeps_nothing():
+def test_each_part_recomputes_or_saves_and_a_frozen_tower_saves_nothing():
     config = qwen3_vl_config("4b").to_dict()
 
     def kept(**changes: str) -> int:
@@ -177,7 +177,7 @@ def test_weights_are_those_of_a_tuned_model(changes):
 
 
 @pytest.mark.parametrize("size", ["2b", "8b"])  # tied, untied
-def test_what_sharding_leaves_whole_is_what_is_no_layer(size):
+def test_sharding_leaves_only_parameters_outside_layers_whole(size):
     config = qwen3_vl_config(size)
     names = on_meta(config).named_parameters()
     counted = sum(p.numel() for name, p in names if ".layers." not in name and ".blocks." not in name)

@@ -252,7 +252,7 @@ def test_invalid_predictions_are_reported(name: str, value: Any, words: str, fol
         ({"annotations": [{"image_id": 9, "category_id": 3, "bbox": [0, 0, 1, 1]}]}, "image 9 is not in"),
         ({"annotations": [{"image_id": 7, "category_id": 4, "bbox": [0, 0, 1, 1]}]}, "category 4 is not in"),
         ({"annotations": [{"image_id": 7, "category_id": 3, "bbox": [0, 0, 1, 1], "iscrowd": "maybe"}]}, "iscrowd"),
-        ({"annotations": [{"image_id": 7, "category_id": 3, "bbox": [0, 0, float("nan"), 1]}]}, "NaN is no number"),
+        ({"annotations": [{"image_id": 7, "category_id": 3, "bbox": [0, 0, float("nan"), 1]}]}, "NaN is not a number"),
         ({"annotations": {}}, "found the keys"),
         ({"categories": [{"id": 3, "name": None}]}, "name is None"),
     ],

@@ -1,4 +1,4 @@
-"""Publishing a run: results with the ids of the source, and what is refused."""
+"""Publishing a run: results with the ids of the source, and refused cases."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_results_load_into_pycocotools(tmp_path: Path) -> None:
     assert [a["area"] for a in loaded.dataset["annotations"]] == [200.0]
 
 
-def test_results_for_a_server_that_keeps_the_annotations(paths: ProfilePaths, tmp_path: Path) -> None:
+def test_results_for_an_evaluation_server(paths: ProfilePaths, tmp_path: Path) -> None:
     predictions, info, out = tmp_path / "out.jsonl", tmp_path / "image_info.json", tmp_path / "results.json"
     row = {"image": "/any/where/a.jpg", "objects": [{"desc": "bottle", "bbox_xyxy_px": [1, 2, 3, 4], "score": 0.5}]}
     superseded = row | {"objects": []}
@@ -72,7 +72,7 @@ def test_results_for_a_server_that_keeps_the_annotations(paths: ProfilePaths, tm
     assert json.loads(out.read_text())[0] | {"score": 0} == {
         "image_id": 91, "category_id": 44, "bbox": [1, 2, 2, 2], "score": 0,
     }  # fmt: skip
-    own = [{"id": 5, "name": "Bottle"}]  # the server's own numbers come before the profile's
+    own = [{"id": 5, "name": "Bottle"}]  # the server's ids take precedence over those of the profile
     info.write_text(json.dumps({"images": [{"file_name": "a.jpg", "id": 91}], "categories": own}))
     assert write_server_results(predictions, info, paths, out) == (1, 0)
     assert json.loads(out.read_text())[0]["category_id"] == 5
@@ -114,7 +114,7 @@ def with_decode(run: RunConfig, **changes: object) -> RunConfig:
     return replace(run, params=run.params.model_copy(update={"decode": decode}))
 
 
-def test_an_export_is_a_copy_that_is_read_as_it_was_evaluated(finished: RunConfig, tmp_path: Path) -> None:
+def test_an_export_is_a_copy_with_the_readout_of_the_evaluation(finished: RunConfig, tmp_path: Path) -> None:
     export(with_decode(finished, box="argmax", score="mix"), "stage2", tmp_path / "new")
     source, exported = finished.paths.run("stage2"), load_format(tmp_path / "new")
     assert exported.pixels == load_format(source).pixels
@@ -124,7 +124,7 @@ def test_an_export_is_a_copy_that_is_read_as_it_was_evaluated(finished: RunConfi
     assert {path.stat().st_nlink for path in (tmp_path / "new").iterdir()} == {1}
 
 
-def test_the_snippet_of_the_card_answers_like_the_detector(
+def test_the_snippet_of_the_card_gives_the_answer_of_the_detector(
     finished: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     export(with_decode(finished, max_new_tokens=12), "stage2", tmp_path / "new")
@@ -139,10 +139,10 @@ def test_the_snippet_of_the_card_answers_like_the_detector(
     assert capsys.readouterr().out.rstrip("\n") == found.raw_text
 
 
-def test_what_cannot_be_published_is_refused(
+def test_runs_that_cannot_be_published_are_refused(
     finished: RunConfig, tmp_path: Path, repository: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(DataError, match="is not empty"):
+    with pytest.raises(DataError, match="not empty"):
         export(finished, "stage2", finished.paths.root)
     with pytest.raises(CheckpointError, match="no merged checkpoint"):
         export(finished, "stage1", tmp_path / "new")
@@ -162,7 +162,7 @@ def test_what_cannot_be_published_is_refused(
     ("sets", "words"),
     [(("coco",), "with the ids of the source"), (("coco", "mine"), "ids made for this mixture of sets")],
 )
-def test_the_card_says_whose_ids_the_results_have(
+def test_the_card_states_the_origin_of_the_ids(
     finished: RunConfig, tmp_path: Path, repository: Path, sets: tuple[str, ...], words: str
 ) -> None:
     profile = load_profile(repository / "configs" / "coco-qwen3vl-2b.yaml")
@@ -171,10 +171,10 @@ def test_the_card_says_whose_ids_the_results_have(
     assert words in (tmp_path / "new" / "README.md").read_text(encoding="utf-8")
 
 
-def test_each_set_of_a_mixture_has_results_with_its_own_ids(
+def test_each_set_of_a_mixture_gets_results_with_its_own_ids(
     finished: RunConfig, tmp_path: Path, repository: Path
 ) -> None:
-    """Two sets number their images and names in their own ways; a third has no ids, and the fourth is gone."""
+    """Two sets have their own image and category ids; the third has no ids, and the fourth was deleted."""
     profile, sets, records = load_profile(repository / "configs" / "coco-qwen3vl-2b.yaml"), {}, []
     for place, name in enumerate(("a", "b"), 1):
         (tmp_path / name).mkdir()
@@ -215,7 +215,7 @@ def test_each_set_of_a_mixture_has_results_with_its_own_ids(
 
 
 class StandIn(BaseHTTPRequestHandler):
-    """The few requests of the Hub that an upload of small files makes; what was committed is kept."""
+    """A stand-in for the few Hub requests of an upload of small files; it records the committed files."""
 
     committed: ClassVar[dict[str, bytes]] = {}
     refuse = False
@@ -262,7 +262,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[StandIn]]:
     monkeypatch.setenv("HF_ENDPOINT", address)
     monkeypatch.setenv("HF_TOKEN", "hf_test")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)  # read from HF_ENDPOINT when it was imported
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)  # read from HF_ENDPOINT at import
     StandIn.refuse = False
     yield StandIn
     server.shutdown()
@@ -280,7 +280,7 @@ def test_a_push_uploads_every_file_of_the_export(finished: RunConfig, tmp_path: 
     assert str(tmp_path) not in front
 
 
-def test_a_refused_push_leaves_the_folder_and_says_what_to_do(
+def test_a_refused_upload_keeps_the_folder_and_states_what_to_do(
     finished: RunConfig, tmp_path: Path, hub: type[StandIn]
 ) -> None:
     hub.refuse = True

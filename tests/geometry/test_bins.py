@@ -1,4 +1,4 @@
-"""The bin codec: the rounding rule, the round-trip error, and the surface form of a bin."""
+"""The bin codec: rounding rule, round-trip error, and written form of a bin."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ def test_encode_rounds_to_the_nearest_bin_and_clamps(coordinate, expected):
     assert encode_norm([coordinate]).tolist() == [expected]
 
 
-def test_encode_clamps_what_lies_outside_the_image():
+def test_encode_clamps_coordinates_outside_the_image():
     assert encode_norm([-0.2, -1e-9, 1.0001, 7.0]).tolist() == [0, 0, MAX_BIN, MAX_BIN]
 
 
-def test_every_bin_survives_decode_and_encode():
+def test_decode_then_encode_returns_every_bin():
     bins = np.arange(NUM_BINS)
     assert encode_norm(decode_norm(bins)).tolist() == bins.tolist()
     assert decode_norm([0, 500, 999]).tolist() == [0.0, 0.5, 0.999]
@@ -96,7 +96,7 @@ def test_target_bins_keep_the_fraction():
     assert target_bins([[0.32, 0, 320.32, 480]], 640, 480).tolist() == [pytest.approx([0.5, 0, 500.5, 999])]
 
 
-def test_surface_forms_match_the_pattern_and_nothing_else_does():
+def test_only_written_forms_of_bins_match_the_pattern():
     assert [int(COORD_PATTERN.fullmatch(token)[1]) for token in COORD_TOKENS] == list(range(NUM_BINS))
     for wrong in ("<|coord_1000|>", "<|coord_01|>", "<|coord_-1|>", "<|coord_|>", "<|coord_1|> ", "<|coord_1\u0663|>"):
         assert COORD_PATTERN.fullmatch(wrong) is None, wrong

@@ -1,4 +1,4 @@
-"""A clone in which the smoke profile ran undisturbed and its model answers, once for all workers; tests have copies."""
+"""A clone in which the smoke profile ran and its model answers, made once for all workers; tests get copies."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from workspaces import ANSWERING
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory, repository: Path, warm: Path) -> Clone:
-    """The clone after its first `dvc repro`, the results committed; tests read it and never change it."""
+    """The clone after its first `dvc repro` with committed results; tests must not change it."""
 
     def make(folder: Path) -> None:
         (folder / "home").mkdir()
@@ -27,7 +27,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, repository: Path, warm: P
 
 @pytest.fixture(scope="session")
 def reproduced(finished: Clone) -> str:
-    """What the first `dvc repro` said."""
+    """The output of the first `dvc repro`."""
     return (finished.root.parent / "output").read_text(encoding="utf-8")
 
 

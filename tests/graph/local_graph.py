@@ -1,7 +1,7 @@
-"""The graph of the smoke profile in one process, by DVC's own rule: a stage runs if what it depends on has changed.
+"""The graph of the smoke profile in one process, with DVC's rule: a stage runs if one of its dependencies changed.
 
-DVC itself would start an interpreter for each stage, which takes far longer than their work. The stages, what they
-depend on and what they write are those of dvc.yaml.
+DVC itself starts an interpreter per stage, which takes much longer than the work. Stages, dependencies and outputs are
+those of dvc.yaml.
 """
 
 from __future__ import annotations
@@ -20,19 +20,23 @@ from coordexp.stage import stage_main
 from graph.test_graph import Node, graph
 from workspaces import PROFILE, change_yaml, content_hash, copy_workspace, new_workspace
 
-SAYS_HOW = (RUN_METADATA, "decode.json", HASHES)  # hold the parameters themselves, or their hash, whatever came of them
+SAYS_HOW = (
+    RUN_METADATA,
+    "decode.json",
+    HASHES,
+)  # contain the parameters themselves or their hash, so they always differ
 
 
 @dataclass(slots=True)
 class LocalGraph:
-    """A folder with parameters, sources and results; `lock` holds what each stage last ran with, as dvc.lock does."""
+    """A folder with parameters, sources and results; like dvc.lock, `lock` records the inputs of the last runs."""
 
     root: Path
     lock: dict[str, dict[str, str]] = field(default_factory=dict)
 
     @classmethod
     def new(cls, root: Path, changes: Mapping[str, Any]) -> LocalGraph:
-        """Before its first run, with some keys of params.yaml changed."""
+        """The graph before its first run, with some keys of params.yaml changed."""
         new_workspace(root, changes, {})
         return cls(root)
 
@@ -46,7 +50,7 @@ class LocalGraph:
         change_yaml(self.root / "params.yaml", changes)
 
     def repro(self) -> dict[str, bool]:
-        """Run what must run, in order; stage -> whether any of its outputs came out different."""
+        """Run the outdated stages in order; returns stage -> whether any of its outputs changed."""
         image_roots.cache_clear()
         ran = {}
         for name, node in graph(PROFILE).items():

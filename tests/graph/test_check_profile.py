@@ -1,4 +1,4 @@
-"""`make check-profile`: a sample of the user's data, one training step, and the plan, without a trace."""
+"""`make check-profile`: a sample of the user's data, one training step, and the plan, without leaving files."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def root(tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch) -> P
     return tmp_path
 
 
-def test_a_profile_that_would_run(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_valid_profile_passes(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     before = {path.name for path in root.iterdir()}
     with caplog.at_level("INFO"):
         assert stage_main(check_profile.run, []) == 0
@@ -47,13 +47,13 @@ def test_a_profile_that_would_run(root: Path, caplog: pytest.LogCaptureFixture) 
     assert not list((root / ".resume").glob("*"))
 
 
-def test_a_profile_that_would_stop(root: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_profile_that_would_stop_is_reported(root: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (root / "coco" / "train2017" / f"{1:012d}.jpg").unlink()
     assert stage_main(check_profile.run, []) == 2
     assert "STOP" in capfd.readouterr().err
 
 
-def test_a_folder_that_is_no_model(root: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_that_is_not_a_model_is_reported(root: Path, capfd: pytest.CaptureFixture[str]) -> None:
     profile = read_yaml(root / "configs" / "mine.yaml")
     profile["model"]["path"] = str(root / "coco")
     YAML().dump(profile, root / "configs" / "mine.yaml")

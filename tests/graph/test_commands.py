@@ -1,4 +1,4 @@
-"""Every command of README and docs runs as it is written, in a clone in which the smoke profile ran.
+"""Every command in README and docs runs as written, in a clone in which the smoke profile ran.
 
 `tiny` reads `smoke`, and NAME the name of an experiment. What takes hours, GPUs, servers or a network is named in
 NOT_RUN with a reason, and only its options are checked. A command that nobody names there is run.
@@ -22,14 +22,14 @@ from warm_python import enter
 
 pytestmark = pytest.mark.slow  # in the order of the documents: what one command leaves, the next finds
 
-# In the order in which a reader meets them: what one leaves is what the next finds.
+# In reading order, because a command may depend on results of earlier ones.
 FIRST = (
     "README.md", "docs/quickstart.md", "docs/own_photos.md", "docs/ab_test.md", "docs/monitor_training.md",
     "docs/sharing.md",
 )  # fmt: skip
 PAGES = [*(ROOT / page for page in FIRST)]
 PAGES += sorted(page for page in (ROOT / "docs").glob("*.md") if page not in PAGES)
-# A pattern that a whole command has to fit, and why it is not run.
+# A pattern that matches a whole command, and the reason why it is not run.
 NOT_RUN = {
     r"make (trees|real)|.*runs/trees/.*|.*osbs.*": "a network; test_public_sets.py",
     r"(?i:.*profile)[ =](trees|coco-val2017).*": "the same",
@@ -53,7 +53,7 @@ PACKAGES_OF_OTHERS = {"supervision", "fiftyone"}
 
 
 def fences(language: str) -> Iterator[tuple[str, str]]:
-    """Page and text of every fenced block."""
+    """Page and text of every fenced code block."""
     for page in PAGES:
         for block in re.findall(
             rf"^```{language}\n(.*?)^```$", page.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE
@@ -95,13 +95,13 @@ def test_options_of_commands_exist() -> None:
             assert done.returncode == 0, done.stderr
 
 
-def test_what_is_not_run_is_there() -> None:
+def test_the_list_of_commands_not_run_is_current() -> None:
     for pattern in NOT_RUN:
         assert any(re.fullmatch(pattern, command, re.DOTALL) for command in COMMANDS), pattern
 
 
-def test_commands_stand_in_fences() -> None:
-    """Else nothing here would see them."""
+def test_commands_are_in_fences() -> None:
+    """Otherwise these tests would not find them."""
     for page in PAGES:
         text = page.read_text("utf-8")
         outside = re.findall(r"^    (?:coordexp|dvc|git|make|pip|python) .*", text, flags=re.MULTILINE)

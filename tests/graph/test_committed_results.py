@@ -1,4 +1,4 @@
-"""The results in git are those of one run: files are what dvc.lock names, and the report read what the run wrote."""
+"""The committed results are from one run: files match dvc.lock, and the report read what the run wrote."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def test_every_stage_read_what_the_stage_before_it_wrote(stage: str) -> None:
     assert stale == [], f"{stage} is older than these: `dvc repro {stage}`"
 
 
-def test_page_one_is_whole_in_git_and_small() -> None:
-    """Every experiment commits these anew; the pictures behind page one are in DVC's cache."""
+def test_page_one_is_complete_in_git_and_small() -> None:
+    """Every experiment commits these anew; the images behind page one are in DVC's cache."""
     page = ROOT / PAGE
     linked = set(re.findall(r"!\[[^\]]*\]\(([^)]+)\)", page.read_text(encoding="utf-8")))
     folder = page.parent

@@ -1,4 +1,4 @@
-"""What each key of params.yaml runs again is exact: what runs comes out different, and what does not is not stale.
+"""Each key of params.yaml reruns exactly the correct stages: those that run change, and the others are not stale.
 
 The second half, that a stage reads nothing but what it declares, is tests/graph/test_inputs.py. Here every key is
 changed once on the smoke profile, under parameters that use them all.
@@ -18,7 +18,7 @@ from coordexp.config.presets import leaves
 from graph.local_graph import LocalGraph
 from workspaces import content_hash
 
-# Answers with objects from an untrained model, and everything switched on that a key may change.
+# Answers with objects from an untrained model, with all features enabled that a key may change.
 ALIVE = {
     "temperature": 1.1, "text_gate_weight": 0.1, "entropy_weight": 0.01, "coord_ce_weight": 0.1,
     "bbox_giou_weight": 0.1, "bbox_l1_weight": 0.1, "bbox_log_wh_weight": 0.1,
@@ -33,7 +33,7 @@ ALIVE = {
     "decode.duplicate_iou": 0.8,
 }  # fmt: skip
 
-# Key -> another value that is possible beside the others.
+# Key -> another value that is valid together with the others.
 CHANGES: dict[str, Any] = {
     "seed": 18, "softce_weight": 0.5, "w1_weight": 0.5, "gate_weight": 0.5, "coord_ce_weight": 0.5,
     "text_gate_weight": 0.5, "entropy_weight": 0.1, "target": "triangular", "sigma": 3.0, "truncate": 9,
@@ -60,14 +60,14 @@ CHANGES: dict[str, Any] = {
     "eval.bootstrap_resamples": 200, "eval.f1_ious": [0.25, 0.5], "eval.duplicate_ious": [0.5, 0.9],
     "eval.mapping": "exact", "eval.semantic_floor": 0.6, "eval.semantic_margin": 0.1,
 }  # fmt: skip
-# What a value needs beside it.
+# Other keys that a value requires.
 BESIDE: dict[str, dict[str, Any]] = {
     "decode.beams": {"decode.temperature": 0.0, "decode.top_p": 1.0},
     "stage2.reordered_ce_weight": {"stage2.passes": "two"},
     "matching.semantic": {"matching.lambda_sem": 1.0},
 }
 QUICK = ("decode.score", "eval.bootstrap_resamples", "matching.gate_threshold", "stage2.eos_weight", "gate_weight")
-# Stages that run to the same bytes here: the key has nothing to act on in eight pictures and four steps.
+# Stages with unchanged bytes here: the key has no effect with eight images and four steps.
 IDLE = {"matching.lambda_iou": {"stage2"}, "matching.lambda_l1": {"stage2"}}
 WEIGHTS = "runs/smoke/stage2/model.safetensors"
 
@@ -91,7 +91,7 @@ def test_every_key_is_changed() -> None:
 @pytest.mark.parametrize(
     "key", [pytest.param(key, marks=() if key in QUICK else pytest.mark.faults) for key in CHANGES]
 )
-def test_what_a_key_runs_comes_out_different(
+def test_every_stage_that_a_key_reruns_changes_its_output(
     key: str, baseline: LocalGraph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changed = baseline.copy(tmp_path / "changed")
@@ -108,7 +108,7 @@ def test_what_a_key_runs_comes_out_different(
 
 
 @pytest.mark.slow
-def test_nothing_changed_runs_nothing(baseline: LocalGraph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_changes_no_stage_runs(baseline: LocalGraph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     again = baseline.copy(tmp_path / "again")
     monkeypatch.chdir(again.root)
     assert again.repro() == {}

@@ -1,4 +1,4 @@
-"""DVC does not see what Python imports and reads: compare each entry with what dvc.yaml declares."""
+"""DVC does not see what Python imports and reads, so compare each entry with the declarations in dvc.yaml."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def declared(stage: str, section: str) -> list[str]:
     return [next(iter(item)) if isinstance(item, dict) else item for item in described.get(section, [])]
 
 
-def test_check_runs_again_when_anything_changes_that_it_reads() -> None:
+def test_check_runs_again_after_any_change_of_its_inputs() -> None:
     closure = Modules.below(ROOT / "src", ROOT).import_closure(*ENTRIES.values(), "pipelines.check")
     files = [modules()[name].relative_to(ROOT) for name in closure - {"pipelines"}]
     files += [Path("pipelines/inputs.yaml"), *(p.relative_to(ROOT) for p in ROOT.glob("configs/*.yaml"))]
@@ -58,7 +58,7 @@ def test_the_base_model_depends_on_the_layers_that_its_stages_import(stage: str)
 
 
 def _dependency(module: str) -> str:
-    """The path that dvc.yaml lists for a module: its layer's folder, or the file outside of any folder."""
+    """The path in dvc.yaml for a module: the folder of its layer, or the file if it is in no layer."""
     file = modules()[module].relative_to(ROOT)
     if file.parts[:2] == ("src", "toyworld"):
         return "src/toyworld"
@@ -67,7 +67,7 @@ def _dependency(module: str) -> str:
     return "" if file.name == "__init__.py" else file.as_posix()
 
 
-def test_no_module_asks_the_package_for_what_it_loads_on_first_use() -> None:
+def test_no_module_uses_the_lazy_names_of_the_package() -> None:
     asked = {f"coordexp.{name.rpartition('.')[2]}" for name in lazy_names()} - modules().keys()
     assert "coordexp.Detector" in asked
     for name in modules().keys() - {"coordexp"}:
@@ -75,7 +75,7 @@ def test_no_module_asks_the_package_for_what_it_loads_on_first_use() -> None:
 
 
 @pytest.mark.parametrize("stage", ENTRIES)
-def test_folders_that_the_entry_names_are_declared(stage: str) -> None:
+def test_folders_used_by_an_entry_are_declared(stage: str) -> None:
     known = [
         PurePosixPath(path) for section in ("deps", "outs", "metrics", "plots") for path in declared(stage, section)
     ]
@@ -114,6 +114,6 @@ def paths_named(tree: ast.AST) -> Iterator[Path]:
                 yield value(*(arg.value for arg in call.args if isinstance(arg, ast.Constant)))
 
 
-def test_what_the_reader_of_paths_sees() -> None:
+def test_the_path_parser_finds_every_notation() -> None:
     tree = ast.parse("def run(c):\n    train(out=c.paths.run('stage1') / 'x', init=c.paths.norm1000)\n")
     assert {path.as_posix() for path in paths_named(tree)} == {f"runs/{PROFILE}/stage1", f"data/{PROFILE}/norm1000"}

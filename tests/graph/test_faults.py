@@ -20,7 +20,7 @@ FEW = ("convert", "pack")
 
 @pytest.mark.slow
 def test_after_a_fault_a_stage_is_run_again_to_the_same_bytes(repository: Path, tmp_path: Path) -> None:
-    """At one operation of each kind for each fault, in two stages: nothing is silent, nothing is lost."""
+    """One operation of each kind for each fault, in two stages: every fault is reported, and nothing is lost."""
     paths = os.pathsep.join(str(repository / folder) for folder in ("src", "", "tests"))
     asked = ["--stages", *FEW, "--sample", "1", "--results", str(tmp_path), "--report", str(tmp_path / "faults.md")]
     done = subprocess.run(
@@ -96,11 +96,11 @@ TRACEBACK = "Traceback (most recent call last):\nOSError"
     ],
 )
 @pytest.mark.parametrize("second", ["right", "fails", "other"])
-def test_what_came_of_a_fault_is_judged_by_the_run_after_it(
+def test_the_outcome_of_a_fault_is_determined_by_the_next_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     what: str, code: int | None, output: str, is_right: bool | None, outcome: str, second: str,
 ) -> None:  # fmt: skip
-    """With stages that only write a line."""
+    """The stages only write one line."""
     lab, out, met = Lab(tmp_path), "data/smoke/packed", "" if is_right is None else "b"
     lab._made, lab._before = {"pack": f"{out}=right"}, {"pack": tmp_path / "before"}
     lab.operations = {"pack": [("read", "a"), ("write", "b")]}
@@ -116,7 +116,7 @@ def test_what_came_of_a_fault_is_judged_by_the_run_after_it(
     assert (found.where, found.outcome) == (met, expected)
 
 
-def test_places_are_all_or_spread(tmp_path: Path) -> None:
+def test_places_are_complete_or_evenly_spread(tmp_path: Path) -> None:
     lab = Lab(tmp_path)
     lab.operations = {"pack": [("write", "a")] * 10}
     assert len(list(lab.faults("pack"))) == 10 * len(FAULTS["write"])
@@ -124,7 +124,7 @@ def test_places_are_all_or_spread(tmp_path: Path) -> None:
     assert list(lab.faults("pack", 3, ("read",))) == []
 
 
-def test_the_report_counts_places_and_names_what_went_wrong() -> None:
+def test_the_report_counts_places_and_lists_failures() -> None:
     right = Found("pack", "write", 1, "ENOSPC", "a", "named", "error: a")
     lost = Found("pack", "write", 2, "SIGKILL", "data/x|y", "lost", "error: @b")
     text = report([right, lost], {"pack": 5, "raw": 3})

@@ -92,13 +92,13 @@ def test_every_profile_has_all_stages_with_their_entries(profile: str) -> None:
 
 
 @pytest.mark.parametrize("profile", PROFILES)
-def test_stages_follow_each_other_as_documented(profile: str) -> None:
+def test_stages_have_the_documented_order(profile: str) -> None:
     stages = graph(profile)
     written_in_order = [name for name in stages if name in CHAIN]
     assert written_in_order == list(CHAIN)
     for earlier, later in [*pairwise(CHAIN), ("stage1", "stage1-control"), ("stage1-control", "coco-eval")]:
         assert reaches(stages, earlier, later), f"{later} does not depend on {earlier}"
-    # The control is given stage 2's compute, a file that a changed weight does not change, and nothing else of it.
+    # The control depends only on stage 2's compute, a file that does not depend on loss weights.
     assert set(stages["stage1-control"].deps) & set(stages["stage2"].outs) == {f"runs/{profile}/stage2-compute.json"}
 
 
@@ -162,7 +162,7 @@ def test_folders_are_where_the_library_looks(profile: str) -> None:
     for checkpoint in CHECKPOINTS:
         assert paths.decoded(checkpoint).as_posix() in stages["coco-eval"].deps
         assert checkpoint == "base" or paths.run(checkpoint).as_posix() in stages[f"decode@{checkpoint}"].deps
-    # Judging other answers, or the same ones otherwise, needs no weights.
+    # Evaluating other answers, or with other settings, needs no weights.
     weights = {paths.run(checkpoint).as_posix() for checkpoint in CHECKPOINTS[1:]}
     assert weights.isdisjoint(stages["coco-eval"].deps)
 
@@ -176,11 +176,11 @@ def test_small_reports_are_kept_by_git_and_the_rest_by_dvc(profile: str) -> None
 
 
 @pytest.mark.parametrize("profile", PROFILES)
-def test_curves_say_what_they_plot(profile: str) -> None:
+def test_plots_name_their_columns(profile: str) -> None:
     curves = {path: plot for node in graph(profile).values() for path, plot in node.plots.items()}
     folder = ProfilePaths(profile).reports / "curves"
     assert {Path(path).parent for path in curves} == {folder}
-    # Under other weights the total is another quantity; the error in bins is not.
+    # With other loss weights, the total is a different quantity; the error in bins is comparable.
     training = {"template": "linear", "x": "step", "y": "coord_diag/expected_bin_mae"}
     for stage in ("stage1", "stage1-control", "stage2"):
         assert curves[f"{folder}/{stage}.tsv"].items() >= training.items()

@@ -1,4 +1,4 @@
-"""`check` and the files under `inputs/`: what each stage is told is what it reads, no more and no less."""
+"""`check` and the files in `inputs/`: the inputs of each stage are exactly what it reads."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from source_tree import ROOT
 STAGES = {stage.stage: stage for stage in declarations(ROOT)}
 COMMITTED = sorted(path.name for path in (ROOT / "inputs").iterdir())
 
-# Places: the same run elsewhere. The name of the profile is in every path, the model is known by its pins, and in how
-# many processes answers are generated changes none of them.
+# Locations do not change the run. The profile's name is in every path, the model is identified by its pins, and the
+# number of decoding processes does not change the answers.
 PLACES = {"profile", "model.path", "launch.processes"}
 # Declared, but read on another way than that of the smoke profile, or before the stage begins.
 ELSEWHERE = {
@@ -69,14 +69,14 @@ def told(root: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("profile", COMMITTED)
-def test_the_files_in_git_are_those_of_these_sources_and_parameters(profile: str) -> None:
+def test_committed_inputs_match_sources_and_parameters(profile: str) -> None:
     params = load_params(ROOT / PARAMS_FILE).model_copy(update={"profile": profile})
     now = StageTable.of(ROOT).inputs(params, load_profile(ROOT / "configs" / f"{profile}.yaml"))
     found = {path.stem: json.loads(path.read_text()) for path in (ROOT / "inputs" / profile).iterdir()}
     assert found == now, "stale: `dvc repro --single-item check`, then see with `dvc status` what else is"
 
 
-def test_no_file_holds_a_place_on_this_machine(root: Path) -> None:
+def test_no_file_contains_a_path_of_this_machine(root: Path) -> None:
     profile = read_yaml(root / "configs" / "smoke.yaml")
     profile["model"]["path"] = str(ROOT / "models" / "tiny-base")
     YAML().dump(profile, root / "configs" / "smoke.yaml")
@@ -84,7 +84,7 @@ def test_no_file_holds_a_place_on_this_machine(root: Path) -> None:
     assert not [name for name, text in told(root).items() if str(ROOT).encode() in text or str(root).encode() in text]
 
 
-def test_only_what_says_something_else_is_written(root: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_only_changed_files_are_written(root: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert stage_main(check.run, []) == 0
     before, folder = told(root), root / "inputs" / "smoke"
     assert before.keys() == STAGES.keys()
@@ -131,7 +131,7 @@ def test_an_edit_reaches_the_stages_that_import_the_module(root: Path, module: s
     assert {stage for stage in STAGES if before[stage] != after[stage]} == reached
 
 
-def test_nothing_is_imported_in_a_way_that_the_hash_does_not_see() -> None:
+def test_the_hash_sees_every_import() -> None:
     # What the package loads on demand; is a library there.
     allowed = {"coordexp", "coordexp.evaluation.categories", "coordexp.losses.vocabulary_terms"}
     for name, file in Modules.below(ROOT / "src").files.items():
@@ -139,7 +139,7 @@ def test_nothing_is_imported_in_a_way_that_the_hash_does_not_see() -> None:
             assert not re.search(r"import_module|__import__|importlib\.util", file.read_text()), name
 
 
-def test_a_stage_refuses_other_parameters_or_code_than_it_was_told(
+def test_a_stage_refuses_parameters_or_code_that_differ_from_its_inputs(
     root: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert stage_main(check.run, []) == 0
@@ -147,7 +147,10 @@ def test_a_stage_refuses_other_parameters_or_code_than_it_was_told(
     (root / "configs" / "smoke.yaml").write_text(profile.replace("pack_tokens: 256", "pack_tokens: 512"))
     assert stage_main(pack.run, []) == 2
     error = capfd.readouterr().err
-    assert "inputs/smoke/pack.json: configs/smoke.yaml:packing.pack_tokens is 256 there, and now 512." in error
+    assert (
+        "inputs/smoke/pack.json: configs/smoke.yaml:packing.pack_tokens is 256 in this file, but now it is 512."
+        in error
+    )
     assert "dvc repro --single-item check" in error
     (root / "configs" / "smoke.yaml").write_text(profile.replace("steps: 4", "steps: 5"))  # not of this stage
     with pytest.raises(FileNotFoundError, match=r"train\.parquet"):  # it began
@@ -158,7 +161,7 @@ def test_a_stage_refuses_other_parameters_or_code_than_it_was_told(
     assert "inputs/smoke/pack.json: code is" in capfd.readouterr().err
 
 
-def test_a_table_that_names_what_there_is_not(root: Path) -> None:
+def test_a_table_with_unknown_stages_or_keys_is_refused(root: Path) -> None:
     table = root / "pipelines" / "inputs.yaml"
     text = table.read_text()
     for old, new, words in (
@@ -189,7 +192,7 @@ def test_check_does_not_load_the_tensor_library(root: Path) -> None:
 
 
 def read_keys(root: Path) -> dict[str, set[tuple[str, str]]]:
-    """What every stage of the smoke profile asks its parameters for; they run in order, in one process."""
+    """The keys that every stage of the smoke profile reads; the stages run in order, in one process."""
     shutil.copytree(ROOT / "configs", root / "configs")
     params = (ROOT / PARAMS_FILE).read_text()
     (root / PARAMS_FILE).write_text(re.sub(r"(?m)^profile: \S+", "profile: smoke", params))
@@ -211,7 +214,7 @@ def read_keys(root: Path) -> dict[str, set[tuple[str, str]]]:
 
 
 @pytest.mark.slow
-def test_stages_read_what_the_table_declares(tmp_path: Path) -> None:
+def test_stages_read_exactly_the_declared_keys(tmp_path: Path) -> None:
     values = {
         PARAMS_FILE: load_params(ROOT / PARAMS_FILE),
         PROFILE_FILE: load_profile(ROOT / "configs" / "smoke.yaml"),

@@ -1,4 +1,4 @@
-"""The graph under `kill`: whatever is stopped wherever, running `dvc repro` again ends in the undisturbed results.
+"""The graph under `kill`: wherever a run is killed, running `dvc repro` again gives the undisturbed results.
 
 A campaign runs the smoke profile once and kills it at four places on the way. `make test-faults` runs all of them: 20
 places, drawn from a seed. `make test-faults POINTS="16 19"` kills one run at the places of these numbers, counted from
@@ -60,7 +60,7 @@ def campaign(seed: int) -> list[Point]:
     ]
 
 
-# One of each: a signal that ends at once and one that lets a stage save, to the stage alone and to dvc, too.
+# One of each: a signal that kills at once and one that lets a stage save, sent to the stage alone and also to dvc.
 FEW = [Point("stage1", 4.0, signal.SIGKILL, "group"), Point("stage2", 5.0, signal.SIGTERM, "stage")]
 
 
@@ -74,7 +74,7 @@ def campaigns() -> list[ParameterSet]:
     return [pytest.param(points, id=str(seed)) for seed, points in enumerate(every)]
 
 
-def test_the_campaigns_hold_twenty_places_of_every_kind() -> None:
+def test_the_campaigns_contain_twenty_places_of_every_kind() -> None:
     points = [point for seed in range(CAMPAIGNS) for point in campaign(seed)]
     assert len(points) == 20
     assert {p.stage for p in points} >= set(LONG)
@@ -84,7 +84,7 @@ def test_the_campaigns_hold_twenty_places_of_every_kind() -> None:
 @pytest.mark.slow
 @pytest.mark.faults
 @pytest.mark.parametrize("points", campaigns())
-def test_a_killed_run_ends_where_an_undisturbed_one_does(
+def test_a_killed_run_ends_with_the_results_of_an_undisturbed_one(
     points: list[Point], finished: Clone, repository: Path, tmp_path: Path
 ) -> None:
     copy = new_clone(repository, tmp_path / "clone", tmp_path / "home", ANSWERING)
@@ -117,7 +117,7 @@ def assert_ends_alike(copy: Clone, finished: Clone, points: list[Point]) -> None
 
 
 def forget(clone: Clone, stages: Sequence[str]) -> None:
-    """Leave no lines in dvc.lock of stages that have not run here."""
+    """Remove stages that have not run here from dvc.lock."""
     lock = read_yaml(clone.root / "dvc.lock")
     for stage in stages:
         del lock["stages"][stage]
@@ -125,7 +125,7 @@ def forget(clone: Clone, stages: Sequence[str]) -> None:
 
 
 @pytest.mark.slow
-def test_a_second_repro_in_the_same_tree_is_told_so(repository: Path, tmp_path: Path) -> None:
+def test_a_second_repro_in_the_same_tree_is_refused(repository: Path, tmp_path: Path) -> None:
     copy = new_clone(repository, tmp_path / "clone", tmp_path / "home")
     with copy.start("dvc", "repro", "convert") as first:
         wait_for_stage(first, "raw")

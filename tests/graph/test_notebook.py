@@ -25,7 +25,7 @@ def read(path: Path) -> Any:
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
-def test_git_holds_no_outputs(path: Path) -> None:
+def test_git_contains_no_outputs(path: Path) -> None:
     """They would be those of an older run, and most of the bytes."""
     cells = [cell for cell in read(path).cells if cell.cell_type == "code"]
     assert cells

@@ -1,4 +1,4 @@
-"""A user's folders, one in each format that is read, from `coordexp init` to the report of `dvc repro`."""
+"""Folders of a user, one per supported format, from `coordexp init` to the report of `dvc repro`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_folders_in_every_format_reach_a_report(
     sets = {}
     for number, fmt in enumerate(LAYOUTS | QUESTIONS):
         folder = tmp_path / "photos" / fmt
-        write_photos(fmt, folder, {"train": 4, "val": 2}, size=(64 + number, 48))  # no two of one content
+        write_photos(fmt, folder, {"train": 4, "val": 2}, size=(64 + number, 48))  # all with different content
         found, *_ = recognize_folder(folder)
         sets[fmt.replace("_", "-")] = found.keys
     told = clone.succeed("coordexp", "init", str(tmp_path / "photos" / "yolo"), "--base", "smoke", "--name", "mine")

@@ -46,7 +46,7 @@ STAGES = (raw, convert, norm1000, pack, stage1, rollout, stage2, stage1_control,
 
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Iterator[ProfilePaths]:
-    """The folders of the profile after all stages ran in order, as processes would."""
+    """The folders of the profile after all stages ran in order."""
     root = tmp_path_factory.mktemp("production")
     write_coco(root / "datasets" / "coco")
     write_profile(repository, root)
@@ -125,7 +125,7 @@ def test_every_loss_is_explained(paths: ProfilePaths) -> None:
     assert counts == {"train": TRAIN - 1 - 6, "dev": 6, "val": VAL}
 
 
-def test_odd_images_are_records_in_the_frame_that_a_viewer_shows(paths: ProfilePaths) -> None:
+def test_unusual_images_become_records_in_the_displayed_frame(paths: ProfilePaths) -> None:
     by_id = {r.metadata["image_id"]: r for split in ("train", "dev") for r in records(paths, split)}
     place_of = {9 + 31 * i: i for i in range(TRAIN)}
     by_place = {place_of[image_id]: record for image_id, record in by_id.items()}
@@ -160,7 +160,7 @@ def test_the_vocabulary_is_that_of_qwen3_with_1000_more(paths: ProfilePaths) -> 
     assert "<|coord_" in text
 
 
-def test_every_checkpoint_is_judged_on_every_val_image(paths: ProfilePaths) -> None:
+def test_every_checkpoint_is_evaluated_on_every_val_image(paths: ProfilePaths) -> None:
     metrics = json.loads(paths.metrics.read_text())
     for name in CHECKPOINTS:
         results = list(read_results(paths.evaluation(name) / "gt_vs_pred.jsonl"))

@@ -1,4 +1,4 @@
-"""The whole graph of the smoke profile in a temporary clone: it runs, it is reproducible, an A/B runs only its part."""
+"""The smoke profile's whole graph in a temporary clone: it runs, is reproducible, and an A/B reruns only its part."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def unchanged(output: str) -> set[str]:
     return set(re.findall(r"Stage '([^':]+)' didn't change, skipping", output))  # a colon: of another dvc.yaml
 
 
-def test_every_stage_runs_and_leaves_a_report(finished: Clone, reproduced: str) -> None:
+def test_every_stage_runs_and_a_report_is_written(finished: Clone, reproduced: str) -> None:
     assert ran(reproduced) == set(STAGES)
     reports = finished.root / "reports" / "smoke"
     assert (reports / "progress.md").read_text().strip()
@@ -66,7 +66,7 @@ WRONG = {
 }
 
 
-def test_a_wrong_parameter_stops_before_anything_is_removed(clone: Clone) -> None:
+def test_an_invalid_parameter_stops_before_anything_is_removed(clone: Clone) -> None:
     files = set()
     for assignment, words in WRONG.items():
         file = assignment.rpartition(":")[0] or "params.yaml"
@@ -83,7 +83,7 @@ def test_a_wrong_parameter_stops_before_anything_is_removed(clone: Clone) -> Non
     assert clone.run("dvc", "status", "--quiet").returncode == 0
 
 
-def test_a_comment_runs_check_alone_and_code_the_stages_that_import_it(clone: Clone) -> None:
+def test_a_comment_reruns_only_check_and_code_the_importing_stages(clone: Clone) -> None:
     gallery = clone.root / "src" / "coordexp" / "reporting" / "gallery.py"
     text = gallery.read_text()
     for edit, expected in (("# a comment\n", {"check"}), ("EDITED = 1\n", {"check", "report"})):
@@ -96,10 +96,10 @@ def test_a_stage_started_past_check_refuses_other_parameters(clone: Clone) -> No
     params.write_text(params.read_text().replace("mapping: normalised", "mapping: exact"))
     done = clone.run("dvc", "repro", "--force", "--single-item", "report")
     assert done.returncode != 0
-    assert "inputs/smoke/report.json: eval.mapping is 'normalised' there, and now 'exact'." in done.stdout
+    assert "inputs/smoke/report.json: eval.mapping is 'normalised' in this file, but now it is 'exact'." in done.stdout
 
 
-def test_an_ab_test_in_one_command_and_again_from_what_is_there(clone: Clone) -> None:
+def test_an_ab_test_runs_in_one_command_and_reuses_results(clone: Clone) -> None:
     """One of the runs is that of the commit."""
     command = ("-m", "coordexp.cli", "ab", "-S", "softce_weight=1.0,0.2", "--seeds", "2", "--name", "softce")
     first = clone.succeed("env", "PYTHONPATH=src", "python", *command)
@@ -136,8 +136,8 @@ claims:
 """
 
 
-def test_a_question_about_what_ran_trains_nothing(clone: Clone) -> None:
-    """Steps that were kept and the checkpoint itself are asked in this process; the page says what is not judged."""
+def test_a_question_about_existing_runs_trains_nothing(clone: Clone) -> None:
+    """Saved steps and the checkpoint itself are evaluated in this process; the page states what is not evaluated."""
     (clone.root / "configs" / "questions" / "smoke.yaml").write_text(QUESTION)
     clone.commit("a question")
     command = ("env", "PYTHONPATH=src", "python", "-m", "coordexp.cli", "answer", "smoke")
@@ -174,7 +174,7 @@ def test_a_clone_pulls_the_checkpoints(other: Clone) -> None:
     assert other.run("dvc", "status", "--quiet").returncode == 0
 
 
-def test_an_experiment_travels(published: Path, other: Clone, tmp_path: Path) -> None:
+def test_an_experiment_can_be_pushed_and_pulled(published: Path, other: Clone, tmp_path: Path) -> None:
     clone = replace(other, root=published / "clone", home=published / "home").copy(tmp_path / "first")
     clone.succeed("dvc", "exp", "run", "--temp", "--name", "traveller", "--set-param", "eval.mapping=exact")
     clone.succeed("dvc", "exp", "push", "origin", "traveller")

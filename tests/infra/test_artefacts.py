@@ -1,6 +1,6 @@
-"""What is stored and read again: no bit and no cut goes unnoticed, whichever file it is in and whoever reads it.
+"""Stored artifacts: every flipped bit and every truncation is detected, in every file and by every reader.
 
-`make test` changes a few bits of each kind of artefact, `make test-faults` 2,000.
+`make test` changes a few bits of each kind of artifact, `make test-faults` 2,000.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ VOCABULARY = 10**6
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """One kind of artefact: its folder, and how it is read; `loses` one whose damaged parts are made again."""
+    """One kind of artifact: its folder and reader; `loses`: its damaged parts are dropped and made again."""
 
     folder: Path
     read: Callable[[Path], Any]
@@ -73,7 +73,7 @@ def test_equal_files_give_equal_lists(tmp_path: Path) -> None:
     assert (tmp_path / "one" / HASHES).read_bytes() == (tmp_path / "two" / HASHES).read_bytes()
 
 
-def test_what_is_named_of_a_damaged_folder(tmp_path: Path) -> None:
+def test_errors_of_a_damaged_folder_name_the_files(tmp_path: Path) -> None:
     with sealing(tmp_path) as folder:
         for name in ("changed", "gone", "whole"):
             (folder / name).write_text(name)
@@ -83,14 +83,16 @@ def test_what_is_named_of_a_damaged_folder(tmp_path: Path) -> None:
     for name, words in (
         ("changed", "sha256 .*, but coordexp.sha256 records .*coordexp verify --repair"),
         ("gone", "no such file, but coordexp.sha256 records"),
-        ("added", "not one of the files that .* lists"),
+        ("added", "not in the list .*"),
     ):
         with pytest.raises(DamagedArtefactError, match=rf"/{name}: {words}"):
             verified(tmp_path / name)
     assert [line.partition(":")[0] for line in damage(tmp_path)] == [str(tmp_path / n) for n in ("changed", "gone")]
     assert verified(tmp_path / "neither written nor there")
     (tmp_path / HASHES).unlink()
-    assert [line.rpartition(": ")[2] for line in damage(tmp_path)] == [f"has no {HASHES}, which is written last."]
+    assert [line.rpartition(": ")[2] for line in damage(tmp_path)] == [
+        f"has no {HASHES}, which is written last; its stage did not finish."
+    ]
     assert verified(tmp_path / "added"), "a folder without the list is somebody else's"
 
 
@@ -102,7 +104,7 @@ def test_a_folder_whose_writer_failed_has_no_list(tmp_path: Path) -> None:
     assert not (tmp_path / HASHES).exists()
 
 
-def test_what_was_let_go_of_is_not_missed_and_a_file_that_is_gone_is(tmp_path: Path) -> None:
+def test_a_file_removed_on_purpose_is_not_missing_but_a_deleted_one_is(tmp_path: Path) -> None:
     with sealing(tmp_path) as folder:
         for name in ("large", "small"):
             (folder / name).write_text(name)
@@ -113,7 +115,7 @@ def test_what_was_let_go_of_is_not_missed_and_a_file_that_is_gone_is(tmp_path: P
     assert len(list(damage(tmp_path))) == 1
 
 
-def test_a_pipe_in_the_place_of_a_file_is_no_file(tmp_path: Path) -> None:
+def test_a_pipe_in_place_of_a_file_is_damage(tmp_path: Path) -> None:
     with sealing(tmp_path):
         (tmp_path / "a").write_text("a")
     (tmp_path / "a").unlink()
@@ -122,7 +124,7 @@ def test_a_pipe_in_the_place_of_a_file_is_no_file(tmp_path: Path) -> None:
         verified(tmp_path / "a")
 
 
-def test_a_file_is_hashed_once_in_a_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_is_hashed_once_per_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with sealing(tmp_path):
         (tmp_path / "a").write_text("a")
     for path in tmp_path.iterdir():
@@ -140,7 +142,7 @@ def test_a_file_is_hashed_once_in_a_process(tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("row", [{}, {"a": 1.5, "b": [1, None, "ü\u2028"], "c": {"d": True}}])
-def test_a_sealed_row_is_itself_and_nothing_else(row: dict[str, Any]) -> None:
+def test_a_sealed_row_is_accepted_only_unchanged(row: dict[str, Any]) -> None:
     line = json.dumps(sealed_row(row))
     assert unsealed_row(json.loads(line)) == row
     for other in (row, sealed_row(row) | {"more": 1}, [], None):
@@ -155,7 +157,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 @pytest.fixture(scope="module")
 def kinds(tmp_path_factory: pytest.TempPathFactory, world: World) -> dict[str, Kind]:
-    """Each kind of artefact, written by what writes it in the stages."""
+    """Each kind of artifact, written by the code of the stages."""
     root, checkpoint = tmp_path_factory.mktemp("artefacts"), new_checkpoint()
     rollouts = teacher_rollouts(checkpoint, world)
     generations = {i: Generation(np.array(r.ids, np.int32), "stop") for i, r in rollouts.items()}
@@ -248,16 +250,16 @@ def _state(folder: Path) -> Any:
 
 
 def _objects(path: Path) -> Any:
-    """What results are made of, and what is used again: the answers whose key holds."""
+    """The content that results depend on, and the reusable answers, whose key is valid."""
     return [(row["image"], row["objects"]) for row in read_rows(path)]
 
 
 def changes(kind: Kind, name: str, flips: int) -> Iterator[tuple[Path, bytes]]:
-    """Single bits, spread over the files by their size, but some in each; and the file cut at several places."""
+    """Single bits, spread over the files by size with some in each, and truncations at several places."""
     rng = random.Random(name)
     files = sorted(path for path in kind.folder.rglob("*") if path.is_file() and "eval/stage2" not in path.as_posix())
     files = files or sorted(path for path in kind.folder.rglob("*") if path.is_file())
-    files = [path for path in files if path.stat().st_size]  # a mark holds nothing
+    files = [path for path in files if path.stat().st_size]  # a mark is empty
     sizes = [path.stat().st_size for path in files]
     chosen = [*files * (1 + flips // 40), *rng.choices(files, sizes, k=flips)][:flips]
     for path in chosen:
@@ -271,7 +273,7 @@ def changes(kind: Kind, name: str, flips: int) -> Iterator[tuple[Path, bytes]]:
 
 
 def outcome(kind: Kind, wanted: Any, path: Path, content: bytes) -> str:
-    """What becomes of a read of the changed file; the file is put back."""
+    """The outcome of reading the changed file; the file is restored."""
     whole = path.read_bytes()
     path.write_bytes(content)
     try:
@@ -289,7 +291,7 @@ def outcome(kind: Kind, wanted: Any, path: Path, content: bytes) -> str:
 
 
 @pytest.mark.parametrize("flips", [FEW, pytest.param(MANY, marks=pytest.mark.faults)])
-def test_damage_is_never_ignored(
+def test_no_damage_is_read_silently(
     kinds: dict[str, Kind], flips: int, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     caplog.set_level(logging.ERROR)
@@ -303,7 +305,7 @@ def test_damage_is_never_ignored(
             print(f"{name}: {counts.total()} tried, {dict(counts)}")
     allowed = {"named", "same", "lost, to be made again", "of a file that is not read, named by damage()"}
     assert {name: dict(counts) for name, counts in found.items() if counts.keys() - allowed} == {}
-    # Where there is a list of hashes, any change is damage; rows that carry their own forgive white space.
+    # With a list of hashes, any change is damage; rows with their own hash tolerate white space.
     sealed = {name for name, kind in kinds.items() if (kind.folder / HASHES).exists()}
     assert len(sealed) >= 8
     assert {name for name in sealed if "same" in found[name]} == set()

@@ -1,4 +1,4 @@
-"""What changes the hash of an entry's code, and what does not."""
+"""Which edits change the code hash of an entry point, and which do not."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def hashes(root: Path) -> dict[str, str]:
         ("src/lib/settings.py", "2 * self", "3 * self", {"lib.settings"}),
     ],
 )
-def test_what_changes_a_hash(root: Path, file: str, old: str, new: str, changed: set[str]) -> None:
+def test_which_edits_change_a_hash(root: Path, file: str, old: str, new: str, changed: set[str]) -> None:
     before = hashes(root)
     text = (root / file).read_text()
     assert old in text
@@ -74,13 +74,13 @@ def test_what_changes_a_hash(root: Path, file: str, old: str, new: str, changed:
     assert {name for name in before if before[name] != after[name]} == changed
 
 
-def test_a_package_stands_for_its_modules_and_what_is_left_out_is_not_followed(root: Path) -> None:
+def test_a_package_means_its_modules_and_left_out_modules_are_not_followed(root: Path) -> None:
     modules = Modules.below(root / "src", root)
     assert {"lib.unused", "lib.tables"} <= modules.import_closure("lib")
     assert modules.import_closure("pipelines.train", left_out={"lib.steps"}) == {"pipelines", "pipelines.train"}
 
 
-def test_the_closure_of_an_entry_holds_every_module_that_importing_it_loads(repository: Path) -> None:
+def test_the_closure_of_an_entry_contains_every_module_that_its_import_loads(repository: Path) -> None:
     program = (
         "import sys, pipelines.report; print(*(n for n in sys.modules if n.split('.')[0] in ('coordexp', 'pipelines')))"
     )

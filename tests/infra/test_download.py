@@ -1,4 +1,4 @@
-"""Files come whole and right, also over connections that break, or not at all."""
+"""Downloads are complete and correct, also over broken connections, or fail."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ CONTENT = bytes(range(256)) * 2000
 
 @dataclass
 class Server:
-    """Serves CONTENT, but ends its first connections after so many bytes; keeps the ranges that it was asked for."""
+    """Serves CONTENT, but closes its first connections after this number of bytes; records the requested ranges."""
 
     url: str = ""
     content: bytes = CONTENT
     cuts: list[int] = field(default_factory=list)
-    status: int = 200  # of the next replies, where not all is well
+    status: int = 200  # status codes of the next replies, if not OK
     knows_ranges: bool = True
     asked: list[str] = field(default_factory=list)
 
@@ -79,7 +79,7 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_a_broken_connection_goes_on_where_it_was(server: Server, tmp_path: Path) -> None:
+def test_a_broken_connection_resumes_where_it_stopped(server: Server, tmp_path: Path) -> None:
     server.cuts = [100_000, 50_000]
     said: list[str] = []
     path = fetch(remote(server.url), tmp_path, said.append)
@@ -88,25 +88,25 @@ def test_a_broken_connection_goes_on_where_it_was(server: Server, tmp_path: Path
     assert len(said) == 2
     assert names(tmp_path) == ["file.zip"]
     assert fetch(remote(server.url), tmp_path, silent) == path
-    assert len(server.asked) == 3  # what is there is not fetched again
+    assert len(server.asked) == 3  # an existing file is not downloaded again
 
 
-def test_another_process_goes_on_where_the_last_one_was_killed(server: Server, tmp_path: Path) -> None:
+def test_another_process_resumes_after_a_kill(server: Server, tmp_path: Path) -> None:
     (tmp_path / ".file.zip.part").write_bytes(CONTENT[:1000])
     assert fetch(remote(server.url), tmp_path, silent).read_bytes() == CONTENT
     assert server.asked == ["bytes=1000-"]
 
 
-def test_a_server_without_ranges_sends_all_again(server: Server, tmp_path: Path) -> None:
+def test_without_range_support_the_whole_file_is_sent_again(server: Server, tmp_path: Path) -> None:
     (tmp_path / ".file.zip.part").write_bytes(b"older")
     server.knows_ranges = False
     assert fetch(remote(server.url), tmp_path, silent).read_bytes() == CONTENT
 
 
 @pytest.mark.parametrize("content", [CONTENT[:-1] + b"x", CONTENT + b"more", b"<html>sign in</html>"])
-def test_another_file_is_refused_and_not_kept(server: Server, tmp_path: Path, content: bytes) -> None:
+def test_an_unexpected_file_is_refused_and_removed(server: Server, tmp_path: Path, content: bytes) -> None:
     server.content = content
-    with pytest.raises(DataError, match=r"expected 512,000 bytes|cannot be fetched: the connection ended too soon"):
+    with pytest.raises(DataError, match=r"expected 512,000 bytes|cannot be downloaded: the connection ended early"):
         fetch(remote(server.url), tmp_path, silent)
     assert not (tmp_path / "file.zip").exists()
     server.content = CONTENT
@@ -115,7 +115,7 @@ def test_another_file_is_refused_and_not_kept(server: Server, tmp_path: Path, co
         assert fetch(remote(server.url), tmp_path, silent).read_bytes() == CONTENT
 
 
-def test_another_file_in_its_place_is_named_and_left(server: Server, tmp_path: Path) -> None:
+def test_an_existing_unexpected_file_is_reported_and_kept(server: Server, tmp_path: Path) -> None:
     (tmp_path / "file.zip").write_bytes(b"of the user")
     with pytest.raises(DataError, match=r"file\.zip is a file of 11 bytes .* expected 512,000 bytes .*Remove it"):
         fetch(remote(server.url), tmp_path, silent)
@@ -124,15 +124,15 @@ def test_another_file_in_its_place_is_named_and_left(server: Server, tmp_path: P
 
 
 @pytest.mark.parametrize(("status", "tries"), [(404, 1), (503, download.TRIES)])
-def test_only_what_may_pass_is_tried_again(server: Server, tmp_path: Path, status: int, tries: int) -> None:
+def test_only_temporary_errors_are_retried(server: Server, tmp_path: Path, status: int, tries: int) -> None:
     server.status = status
-    with pytest.raises(DataError, match="cannot be fetched"):
+    with pytest.raises(DataError, match="cannot be downloaded"):
         fetch(remote(server.url), tmp_path, silent)
     assert len(server.asked) == tries
 
 
-def test_without_network_the_message_says_what_to_put_where(tmp_path: Path) -> None:
-    """A name that no resolver knows (RFC 2606); where something answers all the same, it is not the file."""
+def test_without_network_the_message_states_the_file_and_its_place(tmp_path: Path) -> None:
+    """A host name that never resolves (RFC 2606); if a server replies anyway, it does not send the file."""
     file = remote("http://pictures.invalid/file.zip")
     with pytest.raises(DataError) as raised:
         fetch(file, tmp_path, silent)
@@ -140,21 +140,21 @@ def test_without_network_the_message_says_what_to_put_where(tmp_path: Path) -> N
         assert part in str(raised.value)
 
 
-def test_no_room_is_said_before_anything_is_fetched(server: Server, tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_before_the_download(server: Server, tmp_path: Path) -> None:
     huge = replace(remote(server.url), bytes=1 << 60)
-    with pytest.raises(DataError, match="Make room"):
+    with pytest.raises(DataError, match="Free some disk space"):
         fetch(huge, tmp_path, silent)
     assert server.asked == []
 
 
-def test_a_wheel_comes_by_pip_or_from_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """pip without an index is a machine without network; a folder of wheels is an index."""
+def test_a_wheel_comes_from_pip_or_from_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """pip without an index simulates a machine without network; a folder of wheels is an index."""
     wheel = tmp_path / "index" / "photos-1.0-py3-none-any.whl"
     wheel.parent.mkdir()
     wheel.write_bytes(CONTENT)
     file = replace(remote("pip:photos==1.0"), name=wheel.name)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    with pytest.raises(DataError, match=r"pip:photos==1.0: cannot be fetched: pip says .*SHA-256"):
+    with pytest.raises(DataError, match=r"pip:photos==1.0: cannot be downloaded: pip reports .*SHA-256"):
         fetch(file, tmp_path / "downloads", silent)
     assert names(tmp_path / "downloads") == []
     (tmp_path / "downloads" / wheel.name).write_bytes(CONTENT)

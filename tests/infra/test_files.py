@@ -1,4 +1,4 @@
-"""Writing files whole or not at all, whatever stops the writer."""
+"""Files are written atomically, whatever stops the writer."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def python(code: str, *args: object) -> subprocess.Popen[str]:
     return subprocess.Popen(command, env={"PYTHONPATH": SOURCE}, stdout=subprocess.PIPE, text=True)
 
 
-def test_the_old_file_stands_until_the_new_one_is_whole(tmp_path: Path) -> None:
+def test_the_old_file_stays_until_the_new_one_is_complete(tmp_path: Path) -> None:
     path = tmp_path / "new" / "a.txt"
     write_text(path, "old")
     with replacing(path) as temporary:
@@ -38,7 +38,7 @@ def test_the_old_file_stands_until_the_new_one_is_whole(tmp_path: Path) -> None:
 
 
 def test_a_linked_file_is_replaced_not_written_through(tmp_path: Path) -> None:
-    """DVC links outputs from its cache, read-only: the cache must keep what it has."""
+    """DVC links outputs from its cache, read-only: the cache must not change."""
     (tmp_path / "cache").write_text("cached")
     (tmp_path / "cache").chmod(0o444)
     os.link(tmp_path / "cache", tmp_path / "out")
@@ -49,7 +49,7 @@ def test_a_linked_file_is_replaced_not_written_through(tmp_path: Path) -> None:
 
 @contextmanager
 def full_disk() -> Iterator[None]:
-    """Files cannot grow beyond 1000 bytes: a full disk, to one file. Nor can a log of this test run."""
+    """Limit files to 1000 bytes, which acts like a full disk (also on logs of this test run)."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
     try:
@@ -58,7 +58,7 @@ def full_disk() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_full_disk_leaves_the_old_file_and_no_litter(tmp_path: Path) -> None:
+def test_a_full_disk_leaves_the_old_file_and_no_temporary_files(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     write_text(path, "old")
     with full_disk(), pytest.raises(OSError, match="File too large") as caught:
@@ -81,11 +81,11 @@ def test_a_writer_that_is_killed_leaves_the_old_file(tmp_path: Path) -> None:
         assert writer.stdout.readline() == "wrote\n"
         writer.send_signal(signal.SIGKILL)
     assert path.read_text() == "old"
-    write_text(path, "new")  # over what the killed one left
+    write_text(path, "new")  # over the files that the killed writer left
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_finished_folder_takes_the_place_of_an_older_one(tmp_path: Path) -> None:
+def test_a_finished_folder_replaces_an_older_one(tmp_path: Path) -> None:
     for content in ("one", "two"):
         write_text(tmp_path / "x.tmp" / "inner" / "a", content)
         replace_folder(tmp_path / "x.tmp", tmp_path / "x")
@@ -93,7 +93,7 @@ def test_a_finished_folder_takes_the_place_of_an_older_one(tmp_path: Path) -> No
     assert list(tmp_path.iterdir()) == [tmp_path / "x"]
 
 
-def test_room_is_asked_of_the_disk(tmp_path: Path) -> None:
+def test_free_disk_space_is_checked(tmp_path: Path) -> None:
     assert lacking_room(tmp_path / "not" / "there" / "yet", 1000) is None
     fault = lacking_room(tmp_path / "a", 10**18)
     assert fault is not None

@@ -1,4 +1,4 @@
-"""What a run records of its commit: changed sources count as changes, what the stages write does not."""
+"""The commit in a run record: changed sources count as changes, files written by stages do not."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_what_the_stages_write_is_no_change(repository: Path) -> None:
+def test_files_written_by_stages_do_not_count_as_changes(repository: Path) -> None:
     (repository / "dvc.lock").write_text("rewritten")
     (repository / "reports" / "tiny" / "progress.md").write_text("rewritten")
     assert git_state()["dirty"] is False
 
 
-def test_a_changed_source_is_one(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_changed_source_counts_as_a_change(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (repository / "src" / "code.py").write_text("edited")
     assert git_state()["dirty"] is True
     monkeypatch.chdir(repository / "reports")  # wherever it is asked
     assert git_state()["dirty"] is True
 
 
-def test_outside_a_checkout_nothing_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_outside_a_checkout_the_state_is_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     assert git_state() == {"commit": None, "dirty": None}

@@ -1,4 +1,4 @@
-"""Logs as tables: rows may log different things, a broken one is named, smoothing invents nothing."""
+"""Logs as tables: rows may have different columns, invalid rows are errors, smoothing adds no artifacts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def write(path: Path, rows: list[dict]) -> Path:
     return path
 
 
-def test_a_column_that_a_row_does_not_log_is_missing_there(tmp_path: Path) -> None:
+def test_a_column_that_a_row_does_not_log_is_nan(tmp_path: Path) -> None:
     rows = [
         {"step": 0, "channel": "A", "loss/total": 3.0, "loss/zzz": 1.0},
         {"step": 1, "channel": "B", "loss/total": 2.0, "loss/softce": 1.5},
@@ -39,14 +39,14 @@ def test_ends_are_means_of_a_tenth(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("line", ['{"loss/total": 1}', "[1]", '{"step": 1.5}'])
-def test_a_row_without_a_step_is_named(tmp_path: Path, line: str) -> None:
+def test_a_row_without_a_step_is_an_error_with_its_line(tmp_path: Path, line: str) -> None:
     path = tmp_path / "log.jsonl"
     path.write_text(f'{{"step": 0}}\n{line}\n', encoding="utf-8")
     with pytest.raises(DataError, match=r"log\.jsonl:2: expected a JSON object with an integer `step`"):
         read_log(path)
 
 
-def test_a_cut_line_is_an_error_unless_the_file_is_being_written(tmp_path: Path) -> None:
+def test_a_truncated_line_is_an_error_unless_the_file_is_growing(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     path.write_text('{"step": 0}\n{"step": 1, "los', encoding="utf-8")
     assert read_rows(path, growing=True) == [{"step": 0}]
@@ -61,7 +61,7 @@ def test_an_empty_log_is_refused(tmp_path: Path) -> None:
         read_log(write(tmp_path / "log.jsonl", []))
 
 
-def test_smoothing_is_a_mean_whose_window_shrinks_at_the_ends_and_in_which_a_spike_leaves_nothing() -> None:
+def test_smoothing_removes_spikes_and_its_window_shrinks_at_the_ends() -> None:
     values = pd.Series(np.linspace(0.0, 1.0, 23) ** 2)
     expected = [values[max(0, i - 3) : i + 4].mean() for i in range(23)]
     np.testing.assert_allclose(smoothed(values, 7)[4:-4], expected[4:-4], atol=1e-12)
@@ -70,6 +70,6 @@ def test_smoothing_is_a_mean_whose_window_shrinks_at_the_ends_and_in_which_a_spi
     np.testing.assert_allclose(smoothed(pd.Series(np.full(9, 2.5)), 5), 2.5)
 
 
-def test_pandas_is_loaded_by_the_first_log_only(repository: Path) -> None:
+def test_pandas_is_loaded_only_with_the_first_log(repository: Path) -> None:
     script = "import sys, coordexp.infra.logs, coordexp.cli; assert 'pandas' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], env={"PYTHONPATH": str(repository / "src")}, check=True)

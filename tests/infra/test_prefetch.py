@@ -1,4 +1,4 @@
-"""One batch ahead: the same items in the same order, made early, and errors where they belong."""
+"""Prefetching: the same items in the same order, prepared ahead, and errors at the correct item."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from coordexp.infra.prefetch import Prefetcher, ahead
 
 
 @pytest.mark.parametrize("items", [[], [0], [None, False, 3]])
-def test_the_same_items_in_the_same_order(items):
+def test_items_come_in_the_same_order(items):
     assert list(ahead(items)) == items
 
 
-def test_the_next_item_is_made_while_this_one_is_in_use():
+def test_the_next_item_is_prepared_while_the_present_one_is_in_use():
     second_is_made = threading.Event()
 
     def items():
@@ -29,7 +29,7 @@ def test_the_next_item_is_made_while_this_one_is_in_use():
     assert next(taken) == 2
 
 
-def test_no_more_than_one_is_made_early():
+def test_at_most_one_item_is_prepared_ahead():
     made = []
 
     def items():
@@ -42,14 +42,14 @@ def test_no_more_than_one_is_made_early():
     assert made == [0, 1, 2, 3, 4]
 
 
-def test_one_who_stops_early_may_be_collected_in_the_thread():
-    """As a task is that refers to its batches, which refer to it."""
+def test_an_abandoned_generator_may_be_collected_in_its_thread():
+    """This happens to a task and its batches, which refer to each other."""
     problems, owner, in_use = [], {}, threading.Event()
 
     def items():
         yield 1
         in_use.wait(timeout=10)
-        owner.clear()  # the last reference to the one that waits for this
+        owner.clear()  # the last reference to the generator that waits for this
         yield 2
 
     hook, threading.excepthook = threading.excepthook, problems.append
@@ -87,19 +87,19 @@ def taken(ahead: Prefetcher[str], step: int) -> str:
 
 @pytest.mark.parametrize("steps", [[0, 1, 2, 3, 4], [1, 2], [3], [2, 2, 1, 4, 0, 1]])
 @pytest.mark.parametrize("not_before", [(), (0,), (2, 3), (0, 1, 2, 3, 4)])
-def test_a_step_takes_its_own_batches_in_any_order_of_steps(steps, not_before):
+def test_a_step_gets_its_own_batches_in_any_order_of_steps(steps, not_before):
     ahead = Prefetcher(BATCHES.__getitem__, len(BATCHES), not_before)
     assert [taken(ahead, step) for step in steps] == [BATCHES[step] for step in steps]
 
 
-def test_a_step_that_was_left_in_the_middle_starts_anew():
+def test_a_step_abandoned_in_the_middle_restarts():
     ahead = Prefetcher(BATCHES.__getitem__, len(BATCHES))
     taken(ahead, 0)
     assert next(ahead.take(1))[0] == "b"
     assert taken(ahead, 1) == "bc"
 
 
-def test_steps_are_begun_early_up_to_one_that_must_not_be():
+def test_steps_are_prepared_ahead_only_up_to_one_that_must_not_be():
     begun = {step: threading.Event() for step in BATCHES}
 
     def of_step(step: int) -> str:
@@ -110,7 +110,7 @@ def test_steps_are_begun_early_up_to_one_that_must_not_be():
     taken(ahead, 0)
     assert begun[1].wait(timeout=10)
     taken(ahead, 1)
-    assert list(ahead._coming) == []  # the thread has nothing left to make
+    assert list(ahead._coming) == []  # the thread has no more items to prepare
     assert not begun[2].is_set()
     assert taken(ahead, 2) == "d"
     assert begun[3].wait(timeout=10)

@@ -1,4 +1,4 @@
-"""A bar on a terminal: it moves, leaves nothing behind, and log lines stay whole; anywhere else there is none."""
+"""A progress bar on a terminal moves, is removed at the end, and keeps log lines intact; elsewhere there is no bar."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ print("the end")
 """
 
 
-def test_lines_of_the_log_stay_whole_above_the_bar(repository: Path) -> None:
+def test_log_lines_above_the_bar_stay_intact(repository: Path) -> None:
     written = on_a_terminal(SCRIPT, repository)
     assert "train" in written
     assert "4/4" in written
     for done in range(1, 5):
         assert f"step {done}/4 is a line of its own\r\n" in written
     assert written.endswith("the end\r\n")
-    # The last that is drawn before the end is nothing: the line is erased, the cursor back at its start and shown.
+    # The last output erases the line, moves the cursor to its start, and shows the cursor.
     assert "\x1b[2K" in written.split("step 4/4")[1]
 
 
-def test_a_log_holds_lines_only(repository: Path) -> None:
+def test_without_a_terminal_the_log_has_only_lines(repository: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT], env={"PYTHONPATH": str(repository / "src")}, capture_output=True, text=True
     )

@@ -1,4 +1,4 @@
-"""Random streams: which of them meet, and that nothing else makes numbers from a seed."""
+"""Random streams: which of them coincide, and that no other code derives numbers from a seed."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from coordexp.infra.random_streams import MEETINGS, STREAMS, entropy, generator,
 
 PACKAGE = Path(coordexp.__file__).parent
 HOME = PACKAGE / "infra" / "random_streams.py"
-WORLD = ("records/scenes/composer.py", "training/pretrain.py")  # the embedded world draws from seeds of its own
+WORLD = ("records/scenes/composer.py", "training/pretrain.py")  # the embedded world has its own seeds
 GENERATORS = {"default_rng", "SeedSequence", "RandomState", "PCG64"}
 
 
-def test_streams_of_one_seed_differ_but_for_those_that_are_listed() -> None:
-    """As numpy sees them, at the start and in the first parts of each: epochs, or steps and samples."""
+def test_streams_of_one_seed_differ_except_for_the_listed_pairs() -> None:
+    """Compared as numpy seeds them, at the start and in the first parts of each: epochs, or steps and samples."""
     starts = {
         name: {
             tuple(np.random.SeedSequence(entropy(17, name, *index)).generate_state(4))
@@ -38,13 +38,13 @@ def test_streams_of_one_seed_differ_but_for_those_that_are_listed() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name, stream in STREAMS.items() if stream.stride])
-def test_an_index_tells_the_seeds_of_a_stream_apart(name: str) -> None:
+def test_different_indices_of_a_stream_give_different_seeds(name: str) -> None:
     seeds = {stream_seed(2**31 - 1, name, index) for index in range(2000)}
     assert len(seeds) == 2000
     assert all(0 <= seed < STREAMS[name].modulus for seed in seeds)
 
 
-def test_repetitions_and_names_change_what_is_drawn_and_nothing_else_does() -> None:
+def test_only_repetition_and_name_change_the_random_numbers() -> None:
     draws = [
         generator(seed, name, 1).integers(1 << 60)
         for seed in (17, repetition_seed(17, 1))
@@ -68,7 +68,7 @@ def _name(node: ast.AST) -> str:
     return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
 
 
-def test_nothing_else_makes_a_generator_or_a_seed_from_a_seed() -> None:
+def test_no_other_code_derives_a_generator_or_seed() -> None:
     found = {
         f"{path.relative_to(PACKAGE)}: {what}"
         for path in sorted(PACKAGE.rglob("*.py"))

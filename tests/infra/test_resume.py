@@ -1,4 +1,4 @@
-"""Who works in a folder of `.resume`, who waits, what stays behind, and what scripts may go by."""
+"""Folders of `.resume`: locks, waiting processes, remaining state, and the marks for scripts."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ HOLD = (
 
 
 def holder_of(folder: Path) -> subprocess.Popen[str]:
-    """A process that holds a folder by now."""
+    """Start a process, and wait until it holds a folder."""
     process = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(folder)], env={"PYTHONPATH": SOURCE}, stdout=subprocess.PIPE, text=True
     )
@@ -35,10 +35,10 @@ def holder_of(folder: Path) -> subprocess.Popen[str]:
     return process
 
 
-def test_a_second_process_is_told_who_the_first_is(tmp_path: Path) -> None:
+def test_a_second_process_learns_which_process_holds_the_folder(tmp_path: Path) -> None:
     folder = tmp_path / "stage1-ff"
     with holder_of(folder) as process:
-        words = rf"process {process.pid} on .* \(stage1, since 20.*\) works in it"
+        words = rf"in use by process {process.pid} on .* \(stage1, since 20"
         with pytest.raises(BusyError, match=words), holding(folder, "x", waits=False):
             pass
         assert is_held(folder)
@@ -77,8 +77,8 @@ def test_a_second_process_waits_and_finds_what_the_first_left(tmp_path: Path, mo
     assert not folder.exists()
 
 
-def test_many_at_once_work_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Folders come and go under those that wait."""
+def test_concurrent_processes_work_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folders are created and removed while processes wait for them."""
     monkeypatch.setattr(resume, "POLL_S", 0.001)
     inside, most, turns = 0, 0, 0
 
@@ -102,7 +102,7 @@ def test_many_at_once_work_one_at_a_time(tmp_path: Path, monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("error", "goes_on"), [(Interrupted("a signal"), True), (KeyboardInterrupt(), True), (DataError("a fault"), False)]
 )
-def test_the_mark_says_that_nothing_must_be_mended_first(tmp_path: Path, error: BaseException, goes_on: bool) -> None:
+def test_the_mark_means_that_nothing_must_be_fixed_first(tmp_path: Path, error: BaseException, goes_on: bool) -> None:
     folder = tmp_path / "stage1-ff"
 
     def work() -> None:
@@ -118,18 +118,18 @@ def test_the_mark_says_that_nothing_must_be_mended_first(tmp_path: Path, error: 
     assert [(one.can_go_on, one.is_empty) for one in kept(tmp_path)] == [(goes_on, False)]
 
 
-def test_the_mark_outlives_a_kill(tmp_path: Path) -> None:
+def test_the_mark_survives_a_kill(tmp_path: Path) -> None:
     folder = tmp_path / "stage1-ff"
     with holder_of(folder) as process:
         mark(folder)
         process.send_signal(signal.SIGKILL)
     assert [one.state for one in kept(tmp_path)] == ["empty"]
     write_text(folder / "state", "half")
-    assert [one.state for one in kept(tmp_path)] == ["can go on"]
+    assert [one.state for one in kept(tmp_path)] == ["can resume"]
 
 
 def aged(root: Path, name: str, days: float, n_bytes: int, marked: bool) -> Path:
-    """A folder that nobody works in."""
+    """A folder that is not in use."""
     folder = root / name
     folder.mkdir(parents=True)
     (folder / "state").write_bytes(bytes(n_bytes))
@@ -144,7 +144,7 @@ def names(root: Path) -> list[str]:
     return sorted(path.name for path in root.iterdir())
 
 
-def test_what_is_old_or_empty_is_cleaned_up(tmp_path: Path) -> None:
+def test_old_or_empty_folders_are_cleaned_up(tmp_path: Path) -> None:
     aged(tmp_path, "stage1-old", 20, 10, True)
     aged(tmp_path, "stage1-new", 2, 10, False)
     aged(tmp_path, "generations-empty", 0.01, 0, False)
@@ -158,7 +158,7 @@ def test_what_is_old_or_empty_is_cleaned_up(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("budget_mb", "left"), [(9, ["a-1", "b-1", "c-1", "d-1"]), (3.5, ["b-1", "c-1", "d-1"]), (0, ["b-1"])]
 )
-def test_the_budget_takes_the_oldest_that_cannot_go_on(
+def test_the_budget_removes_the_oldest_folder_that_cannot_resume(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, budget_mb: float, left: list[str]
 ) -> None:
     monkeypatch.setenv(resume.BUDGET_VARIABLE, str(budget_mb / 1000))
@@ -169,7 +169,7 @@ def test_the_budget_takes_the_oldest_that_cannot_go_on(
 
 
 def stopped(code: str, number: signal.Signals, tmp_path: Path, times: int = 1) -> tuple[int, str]:
-    """Exit code and stderr of a process that gets a signal when it says so."""
+    """Exit code and stderr of a process that receives a signal when it is ready."""
     env = {"PYTHONPATH": f"{SOURCE}{os.pathsep}{Path(SOURCE).parent}", "DVC_ROOT": str(tmp_path)}
     with subprocess.Popen(
         [sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -212,17 +212,17 @@ def test_a_signal_ends_a_stage_with_75_and_a_mark(
     assert (tmp_path / ".resume" / MARK).is_file()
 
 
-def test_a_second_ctrl_c_ends_what_closes_slowly(tmp_path: Path) -> None:
+def test_a_second_ctrl_c_ends_a_slow_shutdown(tmp_path: Path) -> None:
     returned, said = stopped(WORKING.format(body=CLOSES_SLOWLY), signal.SIGINT, tmp_path, 2)
     assert (returned, "ended at once by signal 2" in said) == (75, True), said
 
 
-def test_who_ignores_a_signal_keeps_ignoring_it(tmp_path: Path) -> None:
+def test_an_ignored_signal_stays_ignored(tmp_path: Path) -> None:
     code = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n" + IMPORTING.replace("60", "1")
     assert stopped(code, signal.SIGINT, tmp_path) == (0, "")
 
 
-def test_the_command_lists_what_is_kept_and_cleans_up(
+def test_the_command_lists_and_cleans_saved_state(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
@@ -239,7 +239,7 @@ def test_the_command_lists_what_is_kept_and_cleans_up(
     lines = said().splitlines()
     assert [line.split()[:2] for line in lines[2:4]] == [["stage1-old", "2"], ["stage2-new", "1"]]
     assert lines[2].endswith("stopped by an error, or a cache")
-    assert lines[3].endswith("can go on")
+    assert lines[3].endswith("can resume")
     assert lines[4] == "1 can be resumed: run the same command again."
     assert "removed: stage1-old, 2.0 MB" in said("--clean")
     assert names(tmp_path / ".resume") == ["stage2-new"]

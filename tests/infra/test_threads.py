@@ -1,4 +1,4 @@
-"""Threads of the tensor library: how many, and how long idle ones spin."""
+"""Threads of torch: their number, and how long idle ones spin."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LOG = logging.getLogger("coordexp")
 
 
 def environment_after(statement: str, repository: Path, **variables: str) -> str:
-    """What GOMP_SPINCOUNT is when torch loads, after a statement in a fresh interpreter."""
+    """The value of GOMP_SPINCOUNT when torch loads, after a statement in a fresh interpreter."""
     own = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_"))}
     script = (
         "import sys\n"
@@ -53,7 +53,7 @@ def test_the_spin_is_bounded_before_torch_loads(module: str, repository: Path) -
 
 
 def test_every_stage_bounds_the_spin_before_it_loads_torch(repository: Path) -> None:
-    """In one interpreter, which forgets the variable and our modules after each."""
+    """In one interpreter, which removes the variable and our modules after each stage."""
     entries = sorted(
         f"pipelines.{path.stem}" for path in (repository / "pipelines").glob("*.py") if path.stem[0] != "_"
     )
@@ -86,12 +86,12 @@ for entry in {entries}:
     assert len(entries) >= 12
 
 
-def test_so_do_the_workers_of_these_tests() -> None:
+def test_test_workers_bound_the_spin_too() -> None:
     assert os.environ.get(SPIN_NAME) == SPIN_ROUNDS or POLICY_NAME in os.environ
     assert torch.get_num_threads() == int(os.environ[COUNT_NAME])
 
 
-def test_who_has_decided_how_threads_wait_is_left_alone(repository: Path) -> None:
+def test_a_wait_policy_of_the_user_is_kept(repository: Path) -> None:
     assert environment_after("import coordexp", repository, **{POLICY_NAME: "PASSIVE"}) == "None"
     assert environment_after("import coordexp", repository, **{SPIN_NAME: "7"}) == "7"
 
@@ -103,7 +103,7 @@ def test_who_has_decided_how_threads_wait_is_left_alone(repository: Path) -> Non
         ({CUDA_ALLOCATOR_NAMES[1]: "backend:cudaMallocAsync"}, {CUDA_ALLOCATOR_NAMES[1]: "backend:cudaMallocAsync"}),
     ],
 )
-def test_the_allocator_on_cuda_grows_segments_unless_told_otherwise(
+def test_the_cuda_allocator_grows_segments_unless_configured_otherwise(
     said: dict[str, str], expected: dict[str, str]
 ) -> None:
     let_segments_grow(said)
@@ -121,13 +121,13 @@ def test_the_allocator_on_cuda_grows_segments_unless_told_otherwise(
         ("a b", None),
     ],
 )
-def test_a_container_bounds_the_cores(tmp_path: Path, quota: str, cores: int | None) -> None:
+def test_a_container_quota_limits_the_cores(tmp_path: Path, quota: str, cores: int | None) -> None:
     file = tmp_path / "cpu.max"
     file.write_text(quota)
     assert usable_cores(file) == (cores or len(os.sched_getaffinity(0)))
 
 
-def test_threads_are_set_and_said(
+def test_threads_are_set_and_logged(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     monkeypatch.setenv(COUNT_NAME, "1")
@@ -147,12 +147,12 @@ def test_threads_are_set_and_said(
         monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2, 3})
         (tmp_path / "cpu.max").write_text("150000 100000")
         assert set_threads(0, LOG, tmp_path / "cpu.max") == torch.get_num_threads() == 2
-        assert "what this container grants" in caplog.text
+        assert "the quota of this container" in caplog.text
     finally:
         torch.set_num_threads(before)
 
 
-def test_a_run_goes_on_with_the_threads_that_it_began_with(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_resumed_run_keeps_its_number_of_threads(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     before = torch.get_num_threads()
     try:
         hold_threads(tmp_path / "other", LOG, writes=False)
@@ -164,7 +164,7 @@ def test_a_run_goes_on_with_the_threads_that_it_began_with(tmp_path: Path, caplo
         torch.set_num_threads(1)
         hold_threads(tmp_path / "state", LOG)
         assert torch.get_num_threads() == 3
-        assert "threads: 3, with which this run began, and not 1" in caplog.text
+        assert "threads: 3 instead of 1: this run started with them" in caplog.text
         for damaged in (b"", b"0", b"-1", b"9999999", b"\xff\xfe"):
             (tmp_path / "state" / COUNT_FILE).write_bytes(damaged)
             torch.set_num_threads(2)

@@ -1,4 +1,4 @@
-"""Work that is dealt to processes: the results of one process, whatever happens."""
+"""Work shared by processes gives the results of a single process, also after errors."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("count", [1, 2, 3])
 @pytest.mark.parametrize("length", [0, 1, 3, 4, 50])
 def test_results_are_those_of_one_process_in_order(count: int, length: int) -> None:
-    table = {i: i * i for i in range(length)}  # the processes have it without its being sent
+    table = {i: i * i for i in range(length)}  # the processes inherit it; it is not sent
     found = list(map_batches(lambda items: [table[i] for i in items], iter(range(length)), count))
     assert found == [[i * i for i in range(at, min(at + 3, length))] for at in range(0, length, 3)]
 
 
-def test_others_do_the_work() -> None:
+def test_other_processes_do_the_work() -> None:
     here, *others = map_batches(lambda items: os.getpid(), range(30), 2)
     assert here == os.getpid()
     assert os.getpid() not in others
 
 
-def test_no_more_is_read_than_is_needed() -> None:
+def test_items_are_not_read_further_ahead_than_needed() -> None:
     read: list[int] = []
 
     def items() -> Iterator[int]:
@@ -63,14 +63,14 @@ def broken(length: int) -> Iterator[int]:
 
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize(("length", "message"), [(40, "18: no good"), (22, "18: no good"), (19, "the file ends")])
-def test_an_error_is_that_of_one_process(count: int, length: int, message: str) -> None:
+def test_errors_equal_those_of_a_single_process(count: int, length: int, message: str) -> None:
     found = []
     with pytest.raises(DataError) as raised:
         found += map_batches(refuse, broken(length), count)
     assert str(raised.value) == message
 
 
-def test_a_process_that_is_killed_is_named() -> None:
+def test_a_killed_worker_is_an_error() -> None:
     def dies(items: list[int]) -> None:
         if 10 in items:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -79,7 +79,7 @@ def test_a_process_that_is_killed_is_named() -> None:
         list(map_batches(dies, range(40), 2))
 
 
-def test_their_number(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_number_of_workers_comes_from_cores_or_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(WORKERS_VARIABLE, raising=False)
     assert worker_count() == usable_cores()
     monkeypatch.setenv(WORKERS_VARIABLE, "3")
@@ -95,7 +95,7 @@ def _note(path: Path) -> None:
     time.sleep(0.5)  # so that each of the workers gets one
 
 
-def test_workers_do_not_outlive_the_process_that_was_killed(tmp_path: Path) -> None:
+def test_workers_end_with_a_killed_parent(tmp_path: Path) -> None:
     pid = os.fork()
     if pid == 0:
         with ProcessPoolExecutor(3, initializer=begin_worker) as pool:

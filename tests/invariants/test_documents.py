@@ -1,4 +1,4 @@
-"""Documents point at what exists: links, files, functions, parameters and pages."""
+"""Documents refer only to existing links, files, functions, parameters and pages."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from coordexp.config.schema import Params
 from source_tree import PACKAGE, ROOT, modules, syntax
 
 PAGES = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"])
-# Names of metrics and reasons are put together by the code; tests/reporting/test_reference.py holds that page to them.
+# The code composes the names of metrics and reasons; tests/reporting/test_reference.py checks that page.
 WRITTEN_PAGES = [page for page in PAGES if page.name != "metrics.md"]
 SOURCES = sorted([*modules().values(), *(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")])
-# The example of CONTRIBUTING, and names that others gave: files of a data set, settings of accelerate, CUDA and OpenMP.
+# The example in CONTRIBUTING, and foreign names: files of a data set, settings of accelerate, CUDA and OpenMP.
 NOT_OURS = {
     "huber_weight", "zhiyuan_objv2_", "MULTI_CPU", "CUDA_VISIBLE_DEVICES", "GOMP_SPINCOUNT", "OMP_WAIT_POLICY",
 }  # fmt: skip
-# Pages that runs write: not in the repository, or not under the name that the source knows.
+# Pages that runs write: not in the repository, or not under the name in the source.
 WRITTEN_BY_RUNS = {"progress.md", "model_card.md", "objective.md", "decoding.md"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_somewhere(page: Path) -> None:
+def test_links_have_existing_targets(page: Path) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
         if target.startswith(("http", "#")):
             continue
@@ -38,13 +38,13 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 def anchors(page: Path) -> set[str]:
-    """Anchors of the headings, as GitHub makes them."""
+    """Anchors of the headings, in the form of GitHub."""
     headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def file_named(path: str) -> Path | None:
-    """The source file that a page names, from the root of the repository, from src/ or from src/coordexp/."""
+    """The source file for a path in a page, relative to the root of the repository, src/ or src/coordexp/."""
     return next((base / path for base in (ROOT, PACKAGE.parent, PACKAGE) if (base / path).is_file()), None)
 
 
@@ -67,7 +67,7 @@ def names_in(file: Path) -> frozenset[str]:
 
 
 def named_places(text: str) -> Iterator[tuple[str, str]]:
-    """(file, name in it or "") where a page names one: `a.py`, `a.py:name`, `a.py`: `name`, `name` in `a.py`."""
+    """(file, name in it or "") of every reference in a page: `a.py`, `a.py:name`, `a.py`: `name`, `name` in `a.py`."""
     path, name = r"([\w/.-]+\.py)", r"([A-Za-z_][\w.]*)"
     yield from re.findall(rf"`(?:[^`\n]* )?{path}(?::{name})?[^`\n]*`", text)
     yield from re.findall(rf"`{path}`: `{name}`", text)
@@ -82,7 +82,7 @@ def test_pages_name_files_and_functions_that_exist(page: Path) -> None:
         assert not name or name in names_in(file), f"{page.name}: {path}:{name}"
 
 
-def test_what_the_reader_of_pages_sees() -> None:
+def test_the_page_parser_finds_every_notation() -> None:
     text = "`a/b.py:C.f` and `a/b.py`: `g`; `H`\nin `c.py`, `python -m d.py --x`"
     assert sorted(set(named_places(text))) == [
         ("a/b.py", ""), ("a/b.py", "C.f"), ("a/b.py", "g"), ("c.py", ""), ("c.py", "H"), ("d.py", ""),
@@ -91,21 +91,21 @@ def test_what_the_reader_of_pages_sees() -> None:
 
 @cache
 def known_words() -> frozenset[str]:
-    """Every word of the sources and of the files of parameters."""
+    """Every word of the sources and parameter files."""
     others = [*ROOT.glob("*.yaml"), *(ROOT / "configs").rglob("*.yaml"), ROOT / "Makefile"]
     texts = (file.read_text(encoding="utf-8") for file in [*SOURCES, *others])
     return frozenset(word for text in texts for word in re.findall(r"\w+", text)) | {f.stem for f in SOURCES}
 
 
 @pytest.mark.parametrize("page", WRITTEN_PAGES, ids=lambda page: page.name)
-def test_pages_use_names_that_the_code_knows(page: Path) -> None:
+def test_pages_use_names_that_the_code_defines(page: Path) -> None:
     spans = re.findall(r"`([^`\n]+)`", page.read_text(encoding="utf-8"))
     names = {word for span in spans for word in re.findall(r"[A-Za-z_]\w*", span)}
     names = {name for name in names if "_" in name.strip("_") or re.search(r"[a-z][A-Z]", name)}
     assert names - known_words() - NOT_OURS == set()
 
 
-def test_docstrings_and_comments_point_at_pages_that_are_there() -> None:
+def test_docstrings_and_comments_refer_to_existing_pages() -> None:
     missing = []
     for file in SOURCES:
         if file.is_relative_to(ROOT / "tests"):
@@ -146,7 +146,7 @@ def class_of(file: Path, name: str) -> ast.ClassDef:
     return next(node for node in ast.walk(syntax(file)) if isinstance(node, ast.ClassDef) and node.name == name)
 
 
-def test_the_python_page_names_methods_and_objects_that_there_are() -> None:
+def test_the_python_page_names_existing_methods_and_objects() -> None:
     page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
     detector, detections = PACKAGE / "detector.py", PACKAGE / "detections.py"
     for owner, file, name in (("detector", detector, "Detector"), ("found", detections, "Detections")):

@@ -12,7 +12,7 @@ from source_tree import LAYERS, imports, layer_of, modules
 
 MODULES = sorted(name for name in modules() if layer_of(name))
 CORE = ("config", "geometry", "records", "text", "matching", "evaluation")
-# Not even downwards: judging a file of predictions needs nothing of what made it.
+# Not even downwards: evaluating a predictions file needs no code of the model that made it.
 FORBIDDEN = {"evaluation": {"models", "losses", "rollout", "training"}}
 
 
@@ -43,14 +43,14 @@ def test_imports_point_downwards() -> None:
     assert upwards == {}
 
 
-def test_the_library_does_not_know_the_stage_graph() -> None:
+def test_the_library_does_not_import_the_stage_graph() -> None:
     roots = {name: {imported.split(".")[0] for imported in imports(modules()[name])} for name in MODULES}
     assert {name for name, found in roots.items() if found & {"dvc", "pipelines"}} == set()
     assert {name for name, found in roots.items() if "dvclive" in found} == {"coordexp.training.live"}
 
 
-def test_the_product_does_not_know_the_embedded_world() -> None:
-    """To it, that is a COCO folder and a checkpoint: only the stage that composes it and its own pipeline import it."""
+def test_the_product_does_not_import_the_embedded_world() -> None:
+    """For the product, it is a COCO folder and a checkpoint: only its composing stage and its pipeline import it."""
     knowing = {name for name, file in modules().items() if any(i.split(".")[0] == "toyworld" for i in imports(file))}
     assert {n for n in knowing if not n.startswith("toyworld")} == {
         "pipelines.raw", "pipelines.base.pretrain", "pipelines.base.scenes",

@@ -1,6 +1,6 @@
-"""How much code one thing reaches: a training step at most so many files and classes, a new loss term three files.
+"""Limits on the reach of code: the files and classes of a training step, and the files of a new loss term (three).
 
-pytest tests/invariants/test_reach.py -s      # prints what a step enters
+pytest tests/invariants/test_reach.py -s      # prints the files and classes of a step
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ MOST_FILES, MOST_CLASSES = 18, 25
 
 
 class Trace:
-    """Files of the package that were entered, and its classes of which a method ran or an instance was made."""
+    """Files of the package that were entered, and its classes with a method call or a new instance."""
 
     def __init__(self) -> None:
         self.files: set[str] = set()
         self.classes: set[str] = set()
 
     def start(self) -> None:
-        """Watch this thread and those that it starts; the functions that are on the stack were entered, too."""
+        """Trace this thread and those that it starts; functions on the stack count as entered."""
         frame: FrameType | None = sys._getframe()
         while frame is not None:
             self._enter(frame, "call", None)
@@ -66,7 +66,7 @@ class Trace:
 
 
 class FirstStep(TeacherTask):
-    """Starts the trace where the loop asks for the batches of the first step: collation is part of it."""
+    """Starts the trace when the loop requests the batches of the first step, so that it includes collation."""
 
     trace: Trace
 
@@ -77,7 +77,7 @@ class FirstStep(TeacherTask):
 
 
 def traced_step(world: World, folder: Path) -> Trace:
-    """What one step of stage 1 enters, from taking the batch to the optimizer's update."""
+    """The trace of one step of stage 1, from taking the batch to the optimizer's update."""
     checkpoint = new_checkpoint()
     assert checkpoint.coord is not None
     criterion = Criterion.stage1(PARAMS, checkpoint.coord.first_id, 1)
@@ -108,7 +108,7 @@ def test_a_step_of_stage_1_is_short(tmp_path: Path) -> None:
     assert len(classes) <= MOST_CLASSES, classes
 
 
-# What a person edits to add a term, as pattern and replacement: its function with its declaration, its key, its values.
+# The edits that add a term, as pattern and replacement: function and declaration, key, values.
 NEW_TERM = {
     "src/coordexp/losses/coord_terms.py": (
         r"\n(?=def gaussian_target\()",

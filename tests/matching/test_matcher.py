@@ -1,4 +1,4 @@
-"""The matcher: cost and gate by hand, the distance of names, edge cases, ties, and the optimum by brute force."""
+"""The matcher: cost and gate by hand, description distance, edge cases, ties, and the optimum by brute force."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_gate(gate, threshold, accepted):
     assert mask.tolist() == [accepted]
 
 
-def test_the_threshold_itself_passes():
+def test_a_value_equal_to_the_threshold_passes():
     half = np.array([[0.0, 0.0, 0.25, 0.5]])
     whole = np.array([[0.0, 0.0, 0.5, 0.5]])
     assert gate_mask(Pairs.of(half, whole), matching(gate="iou", gate_threshold=0.5)).all()
@@ -80,7 +80,7 @@ def test_the_threshold_itself_passes():
 
 
 @pytest.mark.parametrize(("lambda_sem", "pairs"), [(0.0, [[0, 0], [1, 1]]), (0.1, [[0, 1], [1, 0]])])
-def test_names_decide_between_boxes_that_are_alike(lambda_sem, pairs):
+def test_names_decide_between_equal_boxes(lambda_sem, pairs):
     distances = name_distance(["dog", "cat"], ["cat", "dog"], "lexical")
     assert match([BOX, BOX], [BOX, BOX], matching(lambda_sem=lambda_sem), distances).pairs.tolist() == pairs
 
@@ -131,7 +131,7 @@ def test_rejected_counts_predictions_not_pairs():
 
 
 @pytest.mark.parametrize("n_duplicates", [2, 5])
-def test_of_duplicate_predictions_the_first_is_matched(n_duplicates):
+def test_the_first_of_duplicate_predictions_is_matched(n_duplicates):
     result = match([FAR, *[BOX] * n_duplicates], [BOX], MATCHING)
     assert result.pairs.tolist() == [[1, 0]]
 
@@ -145,7 +145,7 @@ def test_identical_objects_are_paired_in_order(n_gt):
 
 @pytest.mark.parametrize("step", [0.01, -0.01, 0.02, -0.02, 0.05, -0.05])
 def test_a_symmetric_tie_goes_to_the_earlier_box(step):
-    # Left and right neighbour cost the same up to rounding, so rounding must not choose.
+    # The left and right neighbors cost the same up to rounding errors, which must not decide.
     neighbours = [shifted(BOX, step), shifted(BOX, -step)]
     assert match(neighbours, [BOX], MATCHING).pairs.tolist() == [[0, 0]]
     assert match([BOX], neighbours, MATCHING).pairs.tolist() == [[0, 0]]
@@ -222,8 +222,8 @@ def test_optimum_by_brute_force(seed, gate):
 @pytest.mark.parametrize("gate", ["iou", "l1"])
 @pytest.mark.parametrize("rows_at_once", [1, 30, 10**6])
 @pytest.mark.parametrize("seed", range(5))
-def test_many_images_are_matched_like_each_alone(monkeypatch, seed, rows_at_once, gate):
-    """Empty sides, images without an allowed pair, and images of very unlike sizes, in parts of any size."""
+def test_many_images_are_matched_as_each_alone(monkeypatch, seed, rows_at_once, gate):
+    """Empty sides, images without an allowed pair, and images of very different sizes, in parts of any size."""
     monkeypatch.setattr(matcher, "_ROWS_AT_ONCE", rows_at_once)
     rng = np.random.default_rng(seed)
     sizes = [*rng.integers(0, 9, (12, 2)).tolist(), [0, 0], [40, 30], [0, 5], [5, 0]]

@@ -1,4 +1,4 @@
-"""The rows of all pairs, beside nested loops."""
+"""The rows of all pairs, compared with nested loops."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Counts to ratios: the published run, empty images, and that counts add up."""
+"""From counts to ratios: a published run, empty images, and additivity of counts."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_wilson_equals_scipy(hits, n):
 
 
 @pytest.mark.parametrize("counts", [(50, 39, 20), (3, 9, 3), (7, 7, 7), (9, 4, 0)])
-def test_an_interval_holds_its_ratio_and_that_of_f1_is_the_one_of_the_jaccard_index(counts):
+def test_intervals_contain_their_ratio_and_f1_uses_the_jaccard_index(counts):
     found = MatchCounts(*counts)
     for name, (low, high) in found.intervals.items():
         assert 0 <= low <= getattr(found, name) <= high <= 1

@@ -1,4 +1,4 @@
-"""Freezing and adapters: what trains, what stays, and that merging gives the same model as plain weights."""
+"""Freezing and adapters: which weights are trained, which stay, and merging to equivalent plain weights."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def logits(checkpoint: Checkpoint, batch) -> torch.Tensor:
 
 
 def steps(checkpoint: Checkpoint, batch, count: int = 3) -> None:
-    """A few real optimizer steps, large enough to show."""
+    """A few real optimizer steps, large enough to have a visible effect."""
     optimizer = build_optimizer(checkpoint.model, optim())
     targets = torch.cat([batch.text_targets, batch.coord_targets.round().long() + checkpoint.coord.first_id])
     for _ in range(count):
@@ -61,7 +61,7 @@ def steps(checkpoint: Checkpoint, batch, count: int = 3) -> None:
 
 
 def moved(before: dict[str, torch.Tensor], model) -> set[str]:
-    """The parts whose weights changed; rows of the vocabulary are looked at on their own."""
+    """The parts whose weights changed; embedding rows are compared separately."""
     after = {n: p for n, p in model.named_parameters() if "embed_tokens" not in n and "lm_head" not in n}
     return {part_of(name) for name, value in after.items() if not torch.equal(value, before[name])}
 
@@ -75,7 +75,7 @@ def test_merged_equals_adapted_and_is_a_plain_checkpoint(checkpoint, batch, meth
     pytest.importorskip("peft")
     names, before = list(snapshot(checkpoint.model)), logits(checkpoint, batch).detach()
     undo = apply_tuning(checkpoint.model, tuning(method=method), checkpoint.coord)
-    torch.testing.assert_close(logits(checkpoint, batch), before, atol=1e-4, rtol=0)  # adapters start as nothing
+    torch.testing.assert_close(logits(checkpoint, batch), before, atol=1e-4, rtol=0)  # adapters start at zero
     steps(checkpoint, batch)
     adapted = logits(checkpoint, batch).detach()
     assert (adapted - before).abs().max() > 0.1
@@ -91,7 +91,7 @@ def test_merged_equals_adapted_and_is_a_plain_checkpoint(checkpoint, batch, meth
 
 
 @pytest.mark.parametrize("method", ADAPTERS)
-def test_coordinate_rows_train_and_all_others_stay(checkpoint, batch, method):
+def test_only_coordinate_rows_of_the_tables_are_trained(checkpoint, batch, method):
     pytest.importorskip("peft")
     before = snapshot(checkpoint.model)
     undo = apply_tuning(checkpoint.model, tuning(method=method), checkpoint.coord)
@@ -113,7 +113,7 @@ def assert_only_coordinate_rows_moved(before, checkpoint: Checkpoint) -> None:
 
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("method", ["full", *ADAPTERS])
-def test_a_part_that_is_frozen_stays(batch, part, method):
+def test_a_frozen_part_does_not_change(batch, part, method):
     if method != "full":
         pytest.importorskip("peft")
     checkpoint = new_checkpoint()
@@ -127,7 +127,7 @@ def test_a_part_that_is_frozen_stays(batch, part, method):
     assert all(p.requires_grad for p in checkpoint.model.parameters())
 
 
-def test_adapters_train_few_parameters():
+def test_adapters_have_few_trained_parameters():
     pytest.importorskip("peft")
     checkpoint = new_checkpoint()
     everything = count_trainable(checkpoint.model)
@@ -157,7 +157,7 @@ def test_gradient_checkpointing_of_a_part_changes_no_gradient(batch, parts):
     assert not recomputing.model.is_gradient_checkpointing
 
 
-def test_the_rows_of_a_frozen_table_get_its_gradient_and_nothing_else_does(checkpoint, batch):
+def test_only_the_coordinate_rows_of_a_frozen_table_get_its_gradient(checkpoint, batch):
     reference = copy.deepcopy(checkpoint)
     apply_tuning(checkpoint.model, tuning(language="freeze"), checkpoint.coord)
     for each in (checkpoint, reference):
@@ -173,8 +173,8 @@ def test_the_rows_of_a_frozen_table_get_its_gradient_and_nothing_else_does(check
 @pytest.mark.parametrize(
     "changes", [{"vision": "freeze"}, {"language": "freeze"}, {"method": "lora"}, {"method": "dora"}]
 )
-def test_what_is_frozen_is_held_in_bfloat16_and_comes_back_as_it_was(checkpoint, batch, changes):
-    """Also where rounding changed it; what trains stays in float32, and a step under autocast runs."""
+def test_frozen_weights_are_stored_in_bfloat16_and_restored_exactly(checkpoint, batch, changes):
+    """Also if rounding changed them; trained weights stay in float32, and a step under autocast runs."""
     if "method" in changes:
         pytest.importorskip("peft")
     before, model = snapshot(checkpoint.model), checkpoint.model
@@ -184,7 +184,7 @@ def test_what_is_frozen_is_held_in_bfloat16_and_comes_back_as_it_was(checkpoint,
     plan = training_plan("bf16", torch.device("cpu"))
     with plan.autocast(model):
         steps(checkpoint, batch, 1)
-    with plan.autocast(model):  # anew: it keeps copies of weights
+    with plan.autocast(model):  # a new context: it caches copies of weights
         trained = logits(checkpoint, batch).detach().float()
     undo()
     assert {p.dtype for p in model.parameters()} == {torch.float32}
@@ -213,8 +213,8 @@ def test_adapting_nothing_is_refused():
 
 
 @pytest.mark.parametrize("method", ADAPTERS)
-def test_the_merged_weights_of_a_training_are_those_at_its_end(checkpoint: Checkpoint, batch, method: str) -> None:
-    """And taking them changes nothing in it."""
+def test_merged_weights_during_training_equal_those_at_its_end(checkpoint: Checkpoint, batch, method: str) -> None:
+    """Taking them does not change the model."""
     assert merged_weights(checkpoint.model) is None
     undo = apply_tuning(checkpoint.model, tuning(method=method), checkpoint.coord)
     steps(checkpoint, batch)

@@ -1,4 +1,4 @@
-"""Attention over segments equals attention over each alone, and the dense mask that it replaces.
+"""Segment attention equals attention over each segment alone, and the dense mask that it replaces.
 
 Shapes: N tokens, H and G heads of queries and keys, D head size.
 """
@@ -35,14 +35,14 @@ HEADS = st.sampled_from([(2, 2), (4, 2), (3, 1)])
 def one_by_one(
     query_NHD: Tensor, key_NGD: Tensor, value_NGD: Tensor, lengths: Sequence[int], causal: bool, scale: float
 ) -> Tensor:
-    """The same by torch's own function, a segment at a time."""
+    """The reference: torch's own function, one segment at a time."""
     parts = zip(*(x.transpose(0, 1)[None].split(lengths, 2) for x in (query_NHD, key_NGD, value_NGD)), strict=True)
     done = [F.scaled_dot_product_attention(*p, is_causal=causal, enable_gqa=True, scale=scale) for p in parts]
     return torch.cat(done, 2)[0].transpose(0, 1)
 
 
 def inputs(n: int, heads: tuple[int, int], dtype: torch.dtype = torch.float64) -> list[Tensor]:
-    """Queries, keys and values (N, heads, 8) that want gradients; the same for the same arguments."""
+    """Queries, keys and values (N, heads, 8) that require gradients; equal for equal arguments."""
     generator = torch.Generator().manual_seed(n)
     sizes = (heads[0], heads[1], heads[1])
     return [torch.randn(n, h, 8, generator=generator, dtype=dtype).requires_grad_() for h in sizes]
@@ -70,10 +70,10 @@ def test_each_segment_attends_to_itself(lengths: list[int], heads: tuple[int, in
 @pytest.mark.parametrize("known", [{"window_size", "enable_gqa"}, {"window_size"}, {"is_causal"}])
 @settings(max_examples=10, deadline=None)
 @given(LENGTHS, HEADS, st.booleans())
-def test_the_variable_length_kernel_is_told_the_same_in_the_words_of_each_torch(
+def test_the_variable_length_kernel_gets_equivalent_options_in_each_version_of_torch(
     known: set[str], lengths: list[int], heads: tuple[int, int], causal: bool
 ) -> None:
-    """What stands in for it here takes its arguments and looks at bounds and window alone."""
+    """The stand-in accepts its arguments, and checks only bounds and window."""
 
     def kernel(
         query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int, max_k: int, *,
@@ -94,7 +94,7 @@ def test_the_variable_length_kernel_is_told_the_same_in_the_words_of_each_torch(
         check_against_one_by_one(lengths, heads, causal)
 
 
-def test_torch_has_the_kernel_that_is_asked_for_and_cpus_do_without() -> None:
+def test_torch_has_the_kernel_and_cpus_do_not_use_it() -> None:
     assert {"window_size", "enable_gqa", "scale"} <= varlen_options()
     assert attention_kernel(torch.device("cuda"), torch.bfloat16) == VARIABLE_LENGTH
     for device, dtype in (("cuda", torch.float32), ("cpu", torch.bfloat16)):
@@ -102,7 +102,7 @@ def test_torch_has_the_kernel_that_is_asked_for_and_cpus_do_without() -> None:
 
 
 @pytest.mark.parametrize(("head_size", "fits"), [(64, True), (72, True), (128, True), (20, False), (264, False)])
-def test_heads_that_the_kernel_refuses_go_by_products(monkeypatch: pytest.MonkeyPatch, head_size, fits) -> None:
+def test_unsupported_head_sizes_use_matrix_products(monkeypatch: pytest.MonkeyPatch, head_size, fits) -> None:
     monkeypatch.setattr(attention, "attention_kernel", lambda *_: VARIABLE_LENGTH)
     assert attention._has_kernel(torch.zeros(1, 1, head_size)) == fits
 
@@ -123,7 +123,7 @@ def test_the_kernel_equals_float64(lengths: list[int], heads: tuple[int, int], c
 
 
 @given(LENGTHS, st.integers(1, 3), st.booleans())
-def test_groups_hold_every_row_once_by_segment_head_and_token(lengths: list[int], heads: int, padded: bool) -> None:
+def test_groups_contain_every_row_once_by_segment_head_and_token(lengths: list[int], heads: int, padded: bool) -> None:
     groups = Groups.of(lengths, heads, padded)
     assert groups.rows[groups.places].tolist() == list(range(heads * sum(lengths)))
     assert sum(n for n, _ in groups.shapes) == heads * len(lengths)
@@ -137,16 +137,16 @@ def test_groups_hold_every_row_once_by_segment_head_and_token(lengths: list[int]
 
 @pytest.fixture(scope="module")
 def segments(world: World) -> list[Segment]:
-    """Some of the world, the last of which is shorter than a row of others."""
+    """Some segments of the world; the last row is shorter than the others."""
     return [teacher_segment(sample) for sample in world.samples]
 
 
 def gradients(checkpoint: Checkpoint, batch: PackedBatch, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-    """Hidden states of real tokens, and the gradient of some function of them."""
+    """Hidden states of real tokens, and the gradients of a function of them."""
     checkpoint.model.zero_grad()
     with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
         hidden = hidden_states(checkpoint.model, batch)
-    # Not their squares: a norm of normed states has hardly a gradient.
+    # Not their squares: the norm of normalized states has almost no gradient.
     weights = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(1))
     (hidden.float() * weights).sum().backward()
     named = {name: p.grad for name, p in checkpoint.model.named_parameters() if p.grad is not None}
@@ -162,7 +162,7 @@ def plain_checkpoint() -> Checkpoint:
     return replace(checkpoint, model=model.eval())
 
 
-def test_packed_rows_give_what_the_dense_mask_gives(
+def test_packed_rows_give_the_result_of_the_dense_mask(
     world: World, pair: tuple[Checkpoint, Checkpoint], segments: list[Segment]
 ) -> None:
     plain, ours = pair
@@ -176,10 +176,10 @@ def test_packed_rows_give_what_the_dense_mask_gives(
 
 @settings(max_examples=8, deadline=None)
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=6), st.integers(0, 9))
-def test_random_segments_give_what_the_dense_mask_gives(
+def test_random_segments_give_the_result_of_the_dense_mask(
     world: World, pair: tuple[Checkpoint, Checkpoint], lengths: list[int], padding: int
 ) -> None:
-    """Text alone, of any lengths, 1 included."""
+    """Text only, with any lengths including 1."""
     plain, ours = pair
     lengths = [*lengths, padding] if padding else lengths
     batch = text_batch(world, ours, lengths)
@@ -194,7 +194,7 @@ def pair() -> tuple[Checkpoint, Checkpoint]:
 
 
 def text_batch(world: World, checkpoint: Checkpoint, lengths: list[int]) -> PackedBatch:
-    """One row of random tokens, beside one picture that nothing shows: a forward wants one."""
+    """One row of random tokens, and one unused image, because a forward pass requires one."""
     seen = world.collator(checkpoint)([teacher_segment(world.samples[0])])
     ids = torch.randint(0, 400, (1, sum(lengths)), generator=torch.Generator().manual_seed(len(lengths)))
     positions = torch.cat([torch.arange(n) for n in lengths]).expand(4, 1, -1)
@@ -216,7 +216,7 @@ def test_bfloat16_is_about_as_far_from_float32_as_with_the_mask(
 
 
 class Shapes(TorchDispatchMode):
-    """Notes the last two dimensions of whatever is computed."""
+    """Records the last two dimensions of all computed tensors."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -245,7 +245,7 @@ def test_nothing_as_large_as_a_mask_is_ever_computed(world: World, segments: lis
 
 
 @torch.no_grad()
-def test_a_picture_that_changes_reaches_only_its_own_segment(world: World, segments: list[Segment]) -> None:
+def test_a_changed_image_affects_only_its_own_segment(world: World, segments: list[Segment]) -> None:
     checkpoint = new_checkpoint()
     batch = world.collator(checkpoint).layout(segments[:2], [[0, 1]])
     before = hidden_states(checkpoint.model, batch)
@@ -257,7 +257,7 @@ def test_a_picture_that_changes_reaches_only_its_own_segment(world: World, segme
 
 
 @torch.no_grad()
-def test_generation_with_a_cache_takes_transformers_own_way(
+def test_generation_with_a_cache_uses_the_attention_of_transformers(
     world: World, pair: tuple[Checkpoint, Checkpoint], segments: list[Segment]
 ) -> None:
     """Two prompts, so that one is padded."""
@@ -276,14 +276,14 @@ def test_generation_with_a_cache_takes_transformers_own_way(
     assert answers[0].tolist() == answers[1].tolist()
 
 
-def test_whoever_loads_or_builds_a_model_gets_it_and_files_do_not_know(tmp_path: Path) -> None:
+def test_loaded_and_built_models_use_it_and_files_do_not_record_it(tmp_path: Path) -> None:
     built = new_checkpoint()
     save_checkpoint(tmp_path / "ours", built)
     save_checkpoint(tmp_path / "plain", plain_checkpoint())
     for name in ("config.json", "model.safetensors"):
         assert (tmp_path / "ours" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
     for checkpoint in (built, load_checkpoint(tmp_path / "plain")):
-        use_segment_attention(checkpoint.model)  # twice is as good as once
+        use_segment_attention(checkpoint.model)  # calling it twice has no further effect
         config, visual = checkpoint.model.config, checkpoint.model.model.visual
         found = config.text_config._attn_implementation, config.vision_config._attn_implementation
         assert found == (attention.TEXT, attention.VISION)

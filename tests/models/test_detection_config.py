@@ -1,4 +1,4 @@
-"""coordexp.json: what training asked is written, and what cannot be followed is refused by name."""
+"""coordexp.json records the prompts of training; invalid files are refused by name."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def taught(*prompts: dict[str, Any] | None) -> DetectionConfig:
         ([{"kind": "closed", "names": [str(i) for i in range(300)]}], ("closed",), None, None),
     ],
 )
-def test_it_holds_what_the_records_of_training_ask(prompts, kinds, names, asked):
+def test_it_records_the_prompts_of_the_training_records(prompts, kinds, names, asked):
     config = taught(*prompts)
     assert (config.codec, config.object_order, config.prompts) == ("tags", "random", kinds)
     assert names in (None, config.names)
@@ -69,7 +69,7 @@ def test_what_was_saved_is_loaded(checkpoint, tmp_path):
     assert FILE in {path.name for path in answer_files(tmp_path)}
 
 
-def test_a_base_model_has_none(tmp_path):
+def test_a_base_model_has_no_file(tmp_path):
     tokenizer = new_tokenizer()
     save_model(tmp_path, new_checkpoint().model, tokenizer)
     assert not (tmp_path / FILE).exists()
@@ -82,7 +82,7 @@ def test_a_base_model_has_none(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (None, "missing beside a tokenizer with coordinate tokens"),
+        (None, "missing, although the tokenizer has coordinate tokens"),
         ("{", "not valid JSON|not UTF-8"),
         ("[" * 100_000, "not valid JSON|not UTF-8"),
         (b"\xff", "not valid JSON|not UTF-8"),
@@ -98,7 +98,7 @@ def test_a_base_model_has_none(tmp_path):
         ({"coordinates": None}, "coordinates are None"),
     ],
 )
-def test_what_cannot_be_followed_is_refused(folder, change, message):
+def test_invalid_files_are_refused(folder, change, message):
     path = folder / FILE
     if change is None:
         path.unlink()
@@ -118,7 +118,7 @@ def test_a_file_without_a_version_is_refused(folder):
         load_format(folder)
 
 
-def test_the_generation_settings_of_a_folder_change_no_answer(folder):
+def test_generation_settings_of_a_folder_do_not_change_answers(folder):
     wanted = {"num_beams": 3, "no_repeat_ngram_size": 3, "max_time": 0.01, "do_sample": True, "temperature": 2.0}
     path = folder / "generation_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | wanted))

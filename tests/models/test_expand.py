@@ -1,4 +1,4 @@
-"""Adding the coordinate tokens: once, consecutively, and with rows that follow from what the model knows.
+"""Adding the coordinate tokens: once, with consecutive ids, and with rows derived from existing ones.
 
 Shapes: V vocabulary, D hidden size, K = 1000 bins.
 """
@@ -47,8 +47,8 @@ def test_ids_follow_the_known_tokens_and_rows_are_a_multiple_of_128(fresh):
     torch.testing.assert_close(embedding(model)[:n_known], before[:n_known], rtol=0, atol=0)
 
 
-def test_no_row_depends_on_what_the_process_drew_before():
-    """Nor does a row of no token, which the loss sees, too."""
+def test_rows_do_not_depend_on_earlier_random_numbers():
+    """Neither do padding rows without a token, which also take part in the loss."""
     tables = []
     for state in (1, 2):
         tokenizer = new_tokenizer()
@@ -90,7 +90,7 @@ def test_a_tied_head_stays_tied_also_on_disk(fresh, tmp_path):
     assert add_coordinate_tokens(loaded.model, loaded.tokenizer, "ordinal", 1) == vocabulary
 
 
-def test_an_untied_head_gets_rows_of_its_own():
+def test_an_untied_head_gets_separate_rows():
     tokenizer = new_tokenizer()
     config = tiny_config(tokenizer)
     config.tie_word_embeddings = config.text_config.tie_word_embeddings = False
@@ -103,7 +103,7 @@ def test_an_untied_head_gets_rows_of_its_own():
     assert (embedding(model)[n_known] - model.get_output_embeddings().weight[n_known]).abs().max() > 1e-4
 
 
-def test_room_in_the_table_is_used():
+def test_spare_rows_of_the_table_are_used():
     tokenizer = new_tokenizer()
     model = build_tiny(tokenizer, 3)
     model.resize_token_embeddings(2048, mean_resizing=False)
@@ -153,7 +153,7 @@ def test_ordinal_rows_add_a_smooth_term_to_the_mean_digit(known_VD):
     torch.testing.assert_close(rows_KD, known_VD[DIGIT_IDS].mean(0) + term_KD)
 
 
-def test_the_ordinal_term_makes_neighbours_alike():
+def test_the_ordinal_term_makes_neighbors_similar():
     term_KD = ordinal_term(64, 0.3, 5)
     similarity = F.normalize(term_KD, dim=-1) @ F.normalize(term_KD, dim=-1).T
     by_distance = [float(similarity.diagonal(gap).mean()) for gap in (1, 20, 80, 300)]
@@ -164,6 +164,6 @@ def test_the_ordinal_term_makes_neighbours_alike():
     assert not torch.equal(term_KD, ordinal_term(64, 0.3, 6))
 
 
-def test_an_unknown_initialisation_is_refused(known_VD):
+def test_an_unknown_initialization_is_refused(known_VD):
     with pytest.raises(ConfigError, match=r"model\.coord_init is 'random', expected mean, digits or ordinal"):
         coordinate_rows(known_VD, DIGIT_IDS, "random", 0)

@@ -1,4 +1,4 @@
-"""The gate of checkpoint folders: generated damage to every file gives a CheckpointError or what was there before."""
+"""Validation of checkpoint folders: generated damage to a file gives a CheckpointError or has no effect."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CHANGED = (
     *("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"),
     *("preprocessor_config.json", "coordexp.json", WEIGHTS, "model.safetensors.index.json"),
 )
-# What these say is followed where it is well-formed.
+# Well-formed changes of these keys are accepted.
 MEANT = ("coordexp.json", "preprocessor_config.json")
 
 
@@ -73,7 +73,7 @@ def seen(form: ModelFormat) -> tuple[object, ...]:
     return form.pixels, form.detection, form.tokenizer.get_vocab()
 
 
-def test_generated_damage_is_named_or_changes_nothing(whole: Path, tmp_path: Path) -> None:
+def test_generated_damage_is_an_error_or_has_no_effect(whole: Path, tmp_path: Path) -> None:
     accepted, messages, expected = 0, {}, seen(load_format(whole))
     for number in range(FOLDERS):
         rng, name = random.Random(number), CHANGED[number % len(CHANGED)]
@@ -106,7 +106,7 @@ def test_generated_damage_is_named_or_changes_nothing(whole: Path, tmp_path: Pat
         ("vision_config", {"hidden_size": "128"}, "vision_config.hidden_size is '128' (text)"),
     ],
 )
-def test_a_config_of_another_model_ends_before_it_is_built(
+def test_a_config_that_does_not_fit_the_weights_is_refused_before_the_model_is_built(
     whole: Path, tmp_path: Path, part: str, changes: dict[str, object], message: str
 ) -> None:
     folder = linked(whole, tmp_path / "folder")
@@ -125,7 +125,7 @@ def test_only_regular_files_are_opened(whole: Path, tmp_path: Path, name: str) -
         load_format(folder)
 
 
-def test_weights_outside_of_the_folder_are_refused(whole: Path, tmp_path: Path) -> None:
+def test_weights_outside_the_folder_are_refused(whole: Path, tmp_path: Path) -> None:
     folder = linked(whole, tmp_path / "folder")
     index = {"weight_map": dict.fromkeys(header(whole)[0].keys() - {"__metadata__"}, f"../whole/{WEIGHTS}")}
     put(folder, "model.safetensors.index.json", json.dumps(index).encode())

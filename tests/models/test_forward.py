@@ -1,4 +1,4 @@
-"""Our forward (packed, without mask, head on slots only) equals the model's own.
+"""Our forward pass (packed, without mask, head on slots only) equals that of the model.
 
 Shapes: T tokens, D hidden size, V vocabulary.
 """
@@ -66,7 +66,7 @@ def test_given_embeddings_replace_the_token_embeddings(checkpoint, batch):
 
 
 @torch.no_grad()
-def test_the_picture_reaches_the_answer(world, checkpoint, batch):
+def test_the_image_affects_the_answer(world, checkpoint, batch):
     other = replace(batch, pixel_values=batch.pixel_values.flip(0))
     first_slot = int(batch.text_slots[0])
     difference = hidden_states(checkpoint.model, batch)[first_slot] - hidden_states(checkpoint.model, other)[first_slot]

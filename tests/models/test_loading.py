@@ -1,4 +1,4 @@
-"""Loading a checkpoint: every weight comes from the files, and a folder that cannot give them is refused by name."""
+"""Loading a checkpoint: every weight comes from the files, and an incomplete folder is refused by name."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_what_was_saved_is_loaded(folder):
         torch.testing.assert_close(loaded[name], weight, rtol=0, atol=0, msg=name)
 
 
-def test_the_vocabulary_is_the_rows_of_the_tables_not_the_tokens(folder):
+def test_the_vocabulary_size_is_the_number_of_table_rows(folder):
     loaded = load_checkpoint(folder)
     rows = vocabulary_size(folder)
     assert rows == len(input_table(loaded.model).weight) == len(head_table(loaded.model))
@@ -63,12 +63,12 @@ def test_another_model_is_refused(folder, found):
     refused(folder, f"config.json: model_type is {found!r}, expected 'qwen3_vl'")
 
 
-def test_quantised_weights_are_refused(folder):
+def test_quantized_weights_are_refused(folder):
     change_config(folder, quantization_config={"quant_method": "gptq", "bits": 4})
     refused(folder, "config.json: quantization_config is {'quant_method': 'gptq'")
 
 
-def test_the_attention_of_the_folder_is_not_followed(folder):
+def test_the_attention_setting_of_the_folder_is_ignored(folder):
     change_config(folder, attn_implementation="someone/kernel", _attn_implementation="someone/kernel")
     assert load_checkpoint(folder).model.config._attn_implementation == "sdpa"
 
@@ -98,7 +98,7 @@ def test_a_missing_shard_is_refused(folder):
     refused(folder, "model-00002-of-00002.safetensors")
 
 
-def test_a_weight_that_is_not_in_the_file_is_named(folder):
+def test_a_missing_weight_is_an_error_with_its_name(folder):
     weights = load_file(folder / WEIGHTS)
     name = "model.language_model.layers.2.mlp.up_proj.weight"
     del weights[name]
@@ -109,25 +109,25 @@ def test_a_weight_that_is_not_in_the_file_is_named(folder):
     )
 
 
-def test_weights_of_another_shape_are_named(folder):
+def test_weights_of_another_shape_are_errors_with_their_name(folder):
     config = json.loads((folder / "config.json").read_text())
     change_config(folder, text_config=config["text_config"] | {"intermediate_size": 64})
     refused(folder, "first model.language_model.layers.0.mlp.down_proj.weight)")
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, "config.json", "tokenizer.json"])
-def test_a_file_that_training_did_not_write_is_refused(folder, name):
+def test_a_changed_file_is_refused(folder, name):
     with sealing(folder):
         pass
     load_checkpoint(folder)
     content = (folder / name).read_bytes()
-    # A byte of the weights, or in text a space that changes nothing but the hash.
+    # A byte of the weights, or in text files a space that changes only the hash.
     (folder / name).write_bytes(content[:-2] + b"x" + content[-1:] if name == WEIGHTS else content + b" ")
     with pytest.raises(DamagedArtefactError, match=rf"{name}: sha256 .*, but {HASHES} records .*coordexp verify"):
         load_checkpoint(folder)
 
 
-def test_a_recorded_file_that_is_gone_is_refused(folder):
+def test_a_missing_recorded_file_is_refused(folder):
     with sealing(folder):
         pass
     (folder / "tokenizer.json").unlink()
@@ -135,13 +135,13 @@ def test_a_recorded_file_that_is_gone_is_refused(folder):
         load_checkpoint(folder)
 
 
-def test_a_file_that_was_added_and_would_decide_answers_is_refused(folder):
+def test_an_added_file_that_would_affect_answers_is_refused(folder):
     with sealing(folder):
         pass
     (folder / "notes.txt").touch()
     load_checkpoint(folder)
     (folder / "added_tokens.json").write_text("{}")
-    with pytest.raises(DamagedArtefactError, match=r"added_tokens.json: not one of the files"):
+    with pytest.raises(DamagedArtefactError, match=r"added_tokens.json: not in the list"):
         load_checkpoint(folder)
 
 

@@ -1,4 +1,4 @@
-"""The pinned model is loaded and no other; pins are written by the product, and what it wrote it accepts."""
+"""Only the pinned model is loaded; the pins that the product writes are accepted."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ BASE = Path("models/qwen")
 
 @pytest.fixture
 def profile(tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A production profile over a linked model, as it ships: without pins."""
+    """A production profile with a linked model, without pins, as it is distributed."""
     shutil.copytree(repository / "models" / "tiny-base", tmp_path / "elsewhere")
     (tmp_path / "models").mkdir()
     (tmp_path / BASE).symlink_to(tmp_path / "elsewhere")
@@ -50,7 +50,7 @@ def test_the_committed_profiles_pin_the_embedded_model(repository: Path, name: s
     assert pinned_folder(config, name) == Path("models/tiny-base")
 
 
-def test_pinning_changes_nothing_else_in_the_file_and_holds(profile: Path) -> None:
+def test_pinning_changes_only_the_pins_and_they_are_valid(profile: Path) -> None:
     before = profile.read_text().splitlines()
     assert model(profile).files is None
     write_pins(profile)
@@ -64,7 +64,7 @@ def test_pinning_changes_nothing_else_in_the_file_and_holds(profile: Path) -> No
     assert profile.read_text().splitlines() == after
 
 
-def test_a_profile_that_inherits_its_model_pins_it_in_its_own_file(profile: Path) -> None:
+def test_a_profile_with_an_inherited_model_pins_it_in_its_own_file(profile: Path) -> None:
     child = profile.with_name("child.yaml")
     child.write_text("extends: mine\nstage1:\n  steps: 1000\n")
     write_pins(child)
@@ -73,7 +73,7 @@ def test_a_profile_that_inherits_its_model_pins_it_in_its_own_file(profile: Path
 
 
 def edited(name: str) -> Callable[[], None]:
-    """The same size, so that only the hash tells."""
+    """An edit of the same size, which only the hash detects."""
     return lambda: (BASE / name).write_bytes((BASE / name).read_bytes()[:-1] + b"~")
 
 
@@ -90,7 +90,7 @@ def edited(name: str) -> Callable[[], None]:
         (lambda: shutil.rmtree(BASE.resolve()), r"models/qwen: no such folder"),
     ],
 )
-def test_another_model_is_refused_and_the_message_says_what_to_do(profile: Path, change, words: str) -> None:
+def test_another_model_is_refused_with_instructions(profile: Path, change, words: str) -> None:
     write_pins(profile)
     change()
     with pytest.raises(CheckpointError, match=words) as caught:
@@ -98,7 +98,7 @@ def test_another_model_is_refused_and_the_message_says_what_to_do(profile: Path,
     assert "coordexp doctor --pin --profile mine" in str(caught.value) or "set model.path" in str(caught.value)
 
 
-def test_what_decides_nothing_may_change(profile: Path) -> None:
+def test_files_that_do_not_affect_answers_may_change(profile: Path) -> None:
     write_pins(profile)
     (BASE / "README.md").write_text("a note")
     (BASE / "train_loss.tsv").unlink()
@@ -142,7 +142,9 @@ def test_the_doctor_stops_at_another_model_and_pins_on_demand(profile: Path, cap
     assert "there is no model to pin" in capfd.readouterr().err
 
 
-def test_the_copy_of_an_experiment_finds_the_model_of_the_repository(profile: Path, tmp_path, monkeypatch) -> None:
+def test_the_temporary_copy_of_an_experiment_finds_the_model_of_the_repository(
+    profile: Path, tmp_path, monkeypatch
+) -> None:
     write_pins(profile)
     (tmp_path / "copy").mkdir()
     monkeypatch.chdir(tmp_path / "copy")
@@ -150,7 +152,7 @@ def test_the_copy_of_an_experiment_finds_the_model_of_the_repository(profile: Pa
     assert pinned_folder(model(profile), "mine") == tmp_path / BASE
 
 
-def test_a_big_file_is_hashed_again_only_when_it_changed(profile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_file_is_hashed_again_only_after_a_change(profile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hashed: list[str] = []
     original = pins.file_sha256
     monkeypatch.setattr(pins, "file_sha256", lambda path: hashed.append(path.name) or original(path))
@@ -172,7 +174,7 @@ def test_a_big_file_is_hashed_again_only_when_it_changed(profile: Path, monkeypa
 
 
 @pytest.mark.parametrize("files", [{}, {"../config.json": {"bytes": 1, "sha256": "0" * 64}}, {"a": {"bytes": 1}}])
-def test_pins_of_another_form_are_refused(repository: Path, files) -> None:
+def test_invalid_pins_are_refused(repository: Path, files) -> None:
     tree = load_profile(repository / "configs" / "smoke.yaml").model_dump()
     tree["model"]["files"] = files
     with pytest.raises(ValueError, match="files"):

@@ -8,7 +8,7 @@ from coordexp.models.expand import round_up
 from coordexp.models.sizes import DENSE_SIZES, build_shrunken, qwen3_vl_config, shrunken_config
 from helpers import on_meta
 
-# What the published checkpoints hold; a tied head counts once.
+# Parameters of the published checkpoints; a tied head counts once.
 PUBLISHED = {"2b": 2_127_532_032, "4b": 4_437_815_808, "8b": 8_767_123_696}
 
 

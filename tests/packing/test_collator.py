@@ -1,4 +1,4 @@
-"""Packed batches: supervised slots equal the textbook's shifted labels, and packing changes no loss.
+"""Packed batches: supervised slots equal textbook shifted labels, and packing does not change losses.
 
 Shapes: B rows, T tokens, V vocabulary, K bins.
 """
@@ -97,7 +97,7 @@ def test_crowds_are_not_supervised(world):
     assert segment.box_tokens.shape == segment.box_targets.shape == (len(sample.descs) - 1, 4)
 
 
-def test_roles_reach_the_batch(packed):
+def test_the_batch_contains_the_roles(packed):
     counts = {role: int((packed.text_roles == role).sum()) for role in Role}
     assert counts[Role.COORD] == counts[Role.PROMPT] == counts[Role.NUMBER] == 0
     assert counts[Role.CLOSE] == 2 * packed.n_segments
@@ -147,8 +147,8 @@ def test_packed_loss_and_gradient_equal_unpacked_ones(world, checkpoint, packed,
     assert (gradient - gradient_alone).norm() < 1e-4 * gradient.norm()
 
 
-def test_the_model_does_see_across_segments_whose_lengths_are_not_given(checkpoint, packed):
-    """The control of the test above: with each row as one segment, the same batch leaks."""
+def test_without_segment_lengths_the_model_attends_across_segments(checkpoint, packed):
+    """Control for the test above: if each row is one segment, attention leaks between segments."""
     rows, width = packed.input_ids.shape
     leaking = replace(packed, segments=(width,) * rows)
     with torch.no_grad():
@@ -157,7 +157,7 @@ def test_the_model_does_see_across_segments_whose_lengths_are_not_given(checkpoi
 
 
 def test_padding_leaks_nothing(world, checkpoint, segments):
-    """Whatever stands in the padding, and however much of it, real tokens do not notice."""
+    """Real tokens do not depend on content or length of the padding."""
     collator, short, long = world.collator(checkpoint), segments[3], segments[0]
     assert short.length < long.length
     both = collator.layout([short, long], [[0], [1]])
@@ -172,7 +172,7 @@ def test_padding_leaks_nothing(world, checkpoint, segments):
     torch.testing.assert_close(hidden[0][width:], long_alone, rtol=1e-4, atol=1e-4)
 
 
-def test_weights_select_text_slots(world, checkpoint, segments):
+def test_positive_weights_select_text_slots(world, checkpoint, segments):
     weights = np.zeros_like(segments[0].text_weights)
     weights[[2, 5]] = (0.5, 3.0)
     batch = world.collator(checkpoint)([replace(segments[0], text_weights=weights)])

@@ -96,7 +96,7 @@ def test_extreme_aspect_ratios_are_refused():
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK"])
-def test_every_colour_mode_is_read_as_rgb(tmp_path, mode):
+def test_every_color_mode_is_read_as_rgb(tmp_path, mode):
     path = tmp_path / ("a.jpg" if mode == "CMYK" else "a.png")
     Image.fromarray(noise(32, 16)).convert(mode).save(path)
     rgb = load_rgb(path, 32, 16)
@@ -104,12 +104,12 @@ def test_every_colour_mode_is_read_as_rgb(tmp_path, mode):
     assert rgb.dtype == np.uint8
 
 
-def test_an_image_of_the_right_size_is_not_touched(tmp_path):
+def test_an_image_of_the_correct_size_is_not_resampled(tmp_path):
     Image.fromarray(noise(32, 16)).save(tmp_path / "a.png")
     np.testing.assert_array_equal(load_rgb(tmp_path / "a.png", 32, 16), noise(32, 16))
 
 
-def test_broken_images_are_named(tmp_path):
+def test_errors_name_the_damaged_image(tmp_path):
     Image.fromarray(noise(64, 64)).save(tmp_path / "cut.jpg")
     (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:700])
     (tmp_path / "text.jpg").write_text("no image")

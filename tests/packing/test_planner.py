@@ -56,13 +56,13 @@ def test_the_order_of_packs_is_not_by_size():
     assert sizes != sorted(sizes, reverse=True)
 
 
-def test_a_sample_longer_than_a_pack_is_named():
+def test_a_sample_longer_than_a_pack_is_an_error():
     with pytest.raises(DataError, match=r"2 of 4 samples .* = 100 \(longest: sample 2 with 300 tokens\)"):
         plan_packs(np.array([10, 101, 300, 100]), 100, 0)
 
 
 @given(lengths_up_to_60, st.integers(30, 120))
-def test_rows_hold_every_segment_once_and_only_a_long_one_outgrows_a_row(lengths, volume):
+def test_rows_contain_every_segment_once_and_only_a_long_one_exceeds_a_row(lengths, volume):
     rows = pack_rows(lengths, volume)
     assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
     for row in rows:

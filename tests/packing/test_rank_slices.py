@@ -1,4 +1,4 @@
-"""Rows dealt out over processes and forwards: each once, equally many forwards everywhere, idle ones without effect."""
+"""Rows are distributed over processes and passes: each once, equal numbers of passes, idle ones without effect."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from helpers import new_checkpoint
 
 
 @given(n_rows=st.integers(1, 40), count=st.integers(1, 9), size=st.integers(0, 7))
-def test_every_row_is_run_once_and_nobody_waits(n_rows, count, size):
+def test_every_row_is_run_once_with_equal_numbers_of_forward_passes(n_rows, count, size):
     chunks = [RankSlice(index, count, size).chunks(n_rows) for index in range(count)]
     assert sorted(row for own in chunks for chunk in own for row in chunk) == list(range(n_rows))
     assert len({len(own) for own in chunks}) == 1
@@ -39,7 +39,7 @@ def test_one_process_alone_runs_the_whole_step_as_one_batch(world, checkpoint):
     assert (batch.n_segments, batch.n_tokens) == (whole.n_segments, whole.n_tokens)
 
 
-def test_shares_supervise_and_count_everything_once(world, checkpoint):
+def test_slices_supervise_and_count_everything_once(world, checkpoint):
     collator = world.collator(checkpoint)
     segments = [teacher_segment(sample) for sample in world.samples]
     rows = collator.rows(segments)

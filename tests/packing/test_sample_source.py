@@ -1,4 +1,4 @@
-"""Object order: as stored, or a permutation that can be drawn again."""
+"""Object order: as stored, or a reproducible permutation."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ def test_crowds_stay_last(world, checkpoint):
         np.testing.assert_array_equal(sample.boxes_xyxy_px[-1], stored.boxes_xyxy_px[-1])
 
 
-def test_the_order_can_be_drawn_again_and_changes_with_step_and_sample(world, checkpoint):
+def test_the_order_is_reproducible_and_changes_with_step_and_sample(world, checkpoint):
     source, again = world.source(checkpoint, "random"), world.source(checkpoint, "random")
     orders = [source.get(0, step).descs for step in range(20)]
     assert [again.get(0, step).descs for step in reversed(range(20))] == orders[::-1]
-    assert len(set(orders)) == 6  # three objects: every order comes up
+    assert len(set(orders)) == 6  # three objects: every order occurs

@@ -1,4 +1,4 @@
-"""Samples on disk come back as they were written."""
+"""Samples are read back as they were written."""
 
 from __future__ import annotations
 
@@ -76,14 +76,14 @@ def test_lengths_are_those_of_the_samples(store):
     assert WRITTEN[1].length == 9 - 1 + 24 + 7
 
 
-def test_access_from_the_end_and_beyond(store):
+def test_negative_indices_work_and_others_raise(store):
     assert store[-1].image_id == WRITTEN[-1].image_id
     for index in (len(WRITTEN), -len(WRITTEN) - 1):
         with pytest.raises(IndexError):
             store[index]
 
 
-def test_the_stages_write_what_the_records_say(world):
+def test_stages_write_samples_that_match_the_records(world):
     empty, crowd, resized = world.store[3], world.store[1], world.store[5]
     assert empty.descs == ()
     assert empty.boxes_xyxy_px.shape == (0, 4)
@@ -94,7 +94,7 @@ def test_the_stages_write_what_the_records_say(world):
 
 
 @given(st.lists(st.integers(0, 9)), st.lists(st.integers(0, 9)), st.integers(1, 20))
-def test_the_placeholder_of_the_image_is_repeated_and_nothing_else(before, after, n):
+def test_only_the_image_placeholder_is_repeated(before, after, n):
     short = replace(WRITTEN[0], prompt_ids=np.array([*before, 77, *after], np.int32), n_image_tokens=n)
     expanded = short.expanded_prompt_ids(77)
     assert expanded.tolist() == [*before, *[77] * n, *after]

@@ -1,4 +1,4 @@
-"""Views of a picture: the box of an object is where its pixels are, whatever was done to both."""
+"""Views of an image: boxes follow the pixels of their objects through every transformation."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def record(**metadata) -> Record:
 
 
 @pytest.mark.parametrize("seed", range(60))
-def test_boxes_are_where_the_pixels_are(tmp_path, seed):
+def test_boxes_follow_the_pixels(tmp_path, seed):
     scene().save(tmp_path / "scene.png")
     changed = augment(record(), how(0.5, 0.7, 0.5 if seed % 2 else 0.0), random.Random(seed))
     parse_record(json.loads(json.dumps(changed.to_json())), "view")
@@ -48,19 +48,19 @@ def test_boxes_are_where_the_pixels_are(tmp_path, seed):
     (obj,) = changed.objects
     ys, xs = np.nonzero(red)
     found = (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1)
-    tolerance = 1.0 if seed % 2 else 0.0  # of the resize in this test; without one, exact
+    tolerance = 1.0 if seed % 2 else 0.0  # because of the resizing in this test; otherwise exact
     np.testing.assert_allclose(obj.bbox_xyxy_px, found, atol=tolerance)
     assert obj.desc == ("right cat" if split_view(changed.image)[1].flip else "left cat")
 
 
-def test_flipping_twice_is_nothing():
+def test_flipping_twice_is_the_identity():
     once = augment(record(), how(1.0, 0.0, 0.0), random.Random(0))
     assert once.image == "scene.png#flip"
     again = augment(Record("scene.png", *SIZE, once.objects), how(1.0, 0.0, 0.0), random.Random(0))
     assert again.objects == record().objects
 
 
-def test_what_a_crop_hardly_shows_becomes_an_ignore_region():
+def test_an_object_barely_inside_a_crop_becomes_an_ignore_region():
     corner = (0, 0, 24, 18)
     seen = set()
     for seed in range(300):
@@ -73,7 +73,7 @@ def test_what_a_crop_hardly_shows_becomes_an_ignore_region():
     assert seen == {True, False}
 
 
-def test_areas_are_scaled_with_the_picture_and_lost_where_a_crop_cuts():
+def test_areas_scale_with_the_image_and_are_dropped_for_clipped_objects():
     small, wide = (30, 20, 40, 30), (0, 25, 80, 35)
     objects = (ObjectRecord("cat", small, area_px2=60.0), ObjectRecord("dog", wide, area_px2=500.0))
     seen = set()
@@ -104,7 +104,7 @@ def test_phrases_are_not_cropped_and_follow_the_flip():
         ("turning leftwards", "turning rightwards"),
     ],
 )
-def test_direction_words(text, swapped):
+def test_flipping_swaps_left_and_right_in_phrases(text, swapped):
     assert swap_sides(text) == swapped
     assert swap_sides(swapped) == text
 
@@ -119,7 +119,7 @@ def test_names_and_views_round_trip(name, crop, flip):
 
 
 @pytest.mark.parametrize("name", ["a.jpg", "a#.jpg", "a#", "a#flipped", "flip", "a#crop=1,2,3"])
-def test_ordinary_names_have_no_view(name):
+def test_ordinary_file_names_have_no_view(name):
     assert split_view(name) == (name, View())
 
 
@@ -128,7 +128,7 @@ def test_a_file_named_like_a_view_is_refused():
         augment(Record("a.jpg#flip", 8, 8, ()), how(1, 0, 0), random.Random(0))
 
 
-def test_views_of_a_profile_are_of_training_records_only_and_reproducible(tmp_path):
+def test_only_training_records_get_views_and_they_are_reproducible(tmp_path):
     write_split(tmp_path / "coco", "train2017", 100, 12)
     write_split(tmp_path / "coco", "val2017", 500, 6)
     sets, views_of = {"coco": coco_set(tmp_path / "coco", weight=3.0)}, {"flip": 0.5, "crop": 0.5, "scale_jitter": 0.2}

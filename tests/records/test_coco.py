@@ -45,7 +45,7 @@ def convert(folder: Path, *annotations: dict, **policies: object) -> RecordSet:
     return read_file(write(folder, annotations=list(annotations)), **policies)
 
 
-def test_images_in_id_order_with_their_own_objects(tmp_path):
+def test_images_come_in_id_order_with_their_objects(tmp_path):
     result = convert(tmp_path, annotation([1, 2, 3, 4]), annotation([5, 6, 7, 8], image_id=3, category_id=5))
     assert [(r.image, r.width, r.height, r.metadata) for r in result.records] == [
         ("images/val/a.jpg", 64, 64, {"image_id": 3}),
@@ -58,13 +58,13 @@ def test_images_in_id_order_with_their_own_objects(tmp_path):
     assert result.drops == {}
 
 
-def test_polygons_are_kept_if_asked_for(tmp_path):
+def test_polygons_are_kept_on_request(tmp_path):
     row = annotation([10, 12, 20.5, 28], segmentation=[RING])
     for polygons, metadata in (("keep", {"segmentation": [RING]}), ("drop", {})):
         assert convert(tmp_path, row, polygons=polygons).records[1].objects[0].metadata == metadata
 
 
-def test_categories_say_what_training_sees(tmp_path):
+def test_categories_are_marked_by_their_presence_in_training(tmp_path):
     assert convert(tmp_path).categories == (Category(1, "cat", "train"), Category(5, "lemon", "held_out"))
 
 
@@ -79,7 +79,7 @@ def test_categories_say_what_training_sees(tmp_path):
         ([[1.25, 2.5, 3.125, 4.0625]], [(1.25, 2.5, 4.375, 6.5625)]),  # fractions of pixels stay
     ],
 )
-def test_boxes_as_records_hold_them(tmp_path, boxes_xywh, expected_xyxy):
+def test_boxes_are_clipped_and_keep_fractions(tmp_path, boxes_xywh, expected_xyxy):
     objects = convert(tmp_path, *map(annotation, boxes_xywh)).records[1].objects
     assert [o.bbox_xyxy_px for o in objects] == expected_xyxy
 
@@ -88,7 +88,7 @@ def test_boxes_as_records_hold_them(tmp_path, boxes_xywh, expected_xyxy):
     ("crowd", "metadata", "drops"),
     [("ignore", [{"iscrowd": 1}, {}], {}), ("drop", [{}], {"crowd": 1}), ("as_objects", [{}, {}], {})],
 )
-def test_crowds_are_ignored_dropped_or_objects(tmp_path, crowd, metadata, drops):
+def test_crowds_become_ignore_regions_or_objects_or_are_dropped(tmp_path, crowd, metadata, drops):
     rows = [annotation([1, 1, 5, 5], iscrowd=1), annotation([1, 9, 5, 5], iscrowd=0)]
     result = convert(tmp_path, *rows, crowd=crowd)
     assert ([o.metadata for o in result.records[1].objects], result.drops) == (metadata, drops)
@@ -109,13 +109,13 @@ def test_areas_are_kept_as_annotated(tmp_path, area, expected):
     ],
     ids=lambda area: repr(area)[:9],
 )
-def test_what_cannot_be_an_area_is_counted_and_the_object_stays(tmp_path, area):
+def test_an_invalid_area_is_counted_and_the_object_is_kept(tmp_path, area):
     result = convert(tmp_path, annotation([1, 2, 3, 4], area=area))
     assert [(o.bbox_xyxy_px, o.area_px2) for o in result.records[1].objects] == [((1, 2, 4, 6), None)]
     assert result.drops == {"area_invalid": 1}
 
 
-def test_only_an_area_that_is_not_that_of_the_whole_box_is_written(tmp_path):
+def test_only_areas_that_differ_from_the_box_are_written(tmp_path):
     rows = [annotation([1, 2, 3, 4], area=12.0), annotation([1, 9, 3, 4]), annotation([9, 9, 3, 4], area=None)]
     result = convert(tmp_path, *rows, annotation([-5, 30, 15, 20], area=250))  # clipped
     objects = result.records[1].to_json()["objects"]
@@ -194,26 +194,26 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("found", BROKEN)
-def test_what_cannot_be_used_is_quoted_with_its_place(tmp_path, found):
+def test_unusable_entries_are_quoted_with_their_location(tmp_path, found):
     with pytest.raises(DataError, match=re.escape(f"instances.json: {found}") + ".* expected "):
         read_file(write(tmp_path, **BROKEN[found]))
 
 
 @pytest.mark.parametrize("side", [0, -48, 79.5, True, float("nan"), "x"], ids=repr)
-def test_a_size_that_cannot_be_costs_its_image(tmp_path, side):
+def test_an_impossible_image_size_drops_the_image(tmp_path, side):
     path = write(tmp_path, images=[IMAGES[0] | {"height": side}, IMAGES[1]])
     (record,) = kept(read(SplitFiles(tmp_path, path.name, ".", "val")), size=(64, 64)).records
     assert record.image == "a.jpg"
 
 
-def test_a_file_that_is_not_utf8_is_named(tmp_path):
+def test_a_file_that_is_not_utf8_is_an_error_with_its_name(tmp_path):
     path = tmp_path / "instances.json"
     path.write_bytes('{"images": "café"}'.encode("latin-1"))
     with pytest.raises(DataError, match=r"instances\.json: not JSON in UTF-8 .*0xe9.*expected a COCO instances file"):
         read_file(path)
 
 
-def test_whole_numbers_written_as_floats_are_taken(tmp_path):
+def test_integers_written_as_floats_are_accepted(tmp_path):
     rows = [annotation([1, 2, 3, 4], image_id=9.0, category_id=1.0)]
     (record,) = read_file(write(tmp_path, images=[IMAGES[0] | {"id": 9.0, "width": 100.0}], annotations=rows)).records
     assert (record.width, type(record.width), len(record.objects)) == (100, int, 1)
@@ -223,13 +223,13 @@ NO, YES = (0, False, None, "0", "false"), (1, True, "1", " True ", "1.0")
 
 
 @pytest.mark.parametrize("value", NO + YES, ids=repr)
-def test_a_crowd_flag_in_its_usual_forms(tmp_path, value):
+def test_crowd_flags_are_read_in_their_usual_forms(tmp_path, value):
     (obj,) = convert(tmp_path, annotation([1, 1, 5, 5], iscrowd=value)).records[1].objects
     assert obj.metadata == ({"iscrowd": 1} if value in YES else {})
 
 
 @pytest.mark.parametrize("value", [2, -1, 0.5, "", "no", "maybe", [], {}, float("nan")], ids=repr)
-def test_another_crowd_flag_is_a_counted_problem(tmp_path, value):
+def test_an_invalid_crowd_flag_is_a_counted_problem(tmp_path, value):
     result = convert(tmp_path, annotation([1, 1, 5, 5], iscrowd=value), annotation([9, 9, 5, 5]))
     assert result.drops == {"iscrowd_unknown": 1}
     assert result.problems[0].detail.startswith("iscrowd ")
@@ -254,7 +254,7 @@ def test_numbers_as_text_are_read_as_numbers(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["nan", "inf", "1e999", "0x10", "1_0", "", "1,5", "ten", None, True, [1]], ids=repr)
-def test_text_that_is_no_plain_number_is_no_coordinate(tmp_path, text):
+def test_text_that_is_not_a_plain_number_is_not_a_coordinate(tmp_path, text):
     assert convert(tmp_path, annotation([1, 1, text, 5])).drops == {"bbox_malformed": 1, "record_incomplete": 1}
 
 
@@ -269,7 +269,7 @@ OUTLINES = {
 
 @pytest.mark.parametrize("bbox", [..., None, [], [0, 0, 0, 0], "none"], ids=repr)
 @pytest.mark.parametrize("outline", OUTLINES)
-def test_a_missing_box_is_taken_from_the_outline(tmp_path, bbox, outline):
+def test_a_missing_box_is_computed_from_the_segmentation(tmp_path, bbox, outline):
     segmentation, expected = OUTLINES[outline]
     row = annotation(bbox, segmentation=segmentation)
     if bbox is ...:
@@ -288,7 +288,7 @@ def test_compressed_run_lengths_give_the_same_box(tmp_path):
     assert obj.bbox_xyxy_px == (10, 12, 13, 40)
 
 
-def test_an_annotated_box_stays_as_it_is(tmp_path):
+def test_an_annotated_box_is_not_changed(tmp_path):
     (obj,) = convert(tmp_path, annotation([1, 2, 3, 4], segmentation=[RING])).records[1].objects
     assert obj.bbox_xyxy_px == (1, 2, 4, 6)
 
@@ -304,7 +304,7 @@ def test_an_annotated_box_stays_as_it_is(tmp_path):
     ],
     ids=repr,
 )  # fmt: skip
-def test_an_outline_without_a_place_is_lost(tmp_path, segmentation):
+def test_an_object_with_an_empty_segmentation_and_no_box_is_lost(tmp_path, segmentation):
     result = convert(tmp_path, annotation([], segmentation=segmentation))
     assert result.drops == {"bbox_malformed": 1, "record_incomplete": 1}
     assert [r.image for r in result.records] == ["images/val/a.jpg"]  # without it, "nothing is there" would be taught
@@ -323,7 +323,7 @@ def test_ids_may_be_text(tmp_path):
 
 @pytest.mark.parametrize("order", [("annotations", "categories", "images"), ("categories", "annotations", "images")])
 @pytest.mark.parametrize("limits", [(None, None), (0, 1), (300, 1)])
-def test_the_order_of_sections_and_the_memory_allowed_change_nothing(tmp_path, monkeypatch, order, limits):
+def test_section_order_and_memory_limit_do_not_change_the_result(tmp_path, monkeypatch, order, limits):
     rows = [annotation([i % 50, i % 40, 9, 9 + i % 7], image_id=(3, 9, 77)[i % 3], id=i) for i in range(60)]
     expected = convert(tmp_path, *rows)
     layout = json.loads((tmp_path / "instances.json").read_text())

@@ -1,4 +1,4 @@
-"""One conversion: every format says the same of the same pictures, in the graph and on the command line."""
+"""Every format gives the same records for the same images, in the graph and on the command line."""
 
 from __future__ import annotations
 
@@ -50,11 +50,11 @@ objects = st.lists(st.tuples(names, boxes(*SIZE), st.booleans()), max_size=4, un
 @pytest.mark.parametrize("fmt", LAYOUTS)
 @given(world=st.lists(objects, min_size=1, max_size=3))
 @settings(max_examples=15)
-def test_every_format_reads_back_as_what_was_annotated(fmt, world, tmp_path_factory):
+def test_every_format_is_read_back_as_annotated(fmt, world, tmp_path_factory):
     root = tmp_path_factory.mktemp("world")
     pictures = [Annotated(f"{i}.jpg", SIZE, tuple(objects)) for i, objects in enumerate(world)]
     write(fmt, root, "train", pictures)
-    if fmt == "yolo":  # finds its images by looking
+    if fmt == "yolo":  # finds its images by listing folders
         (root / "images" / "train").mkdir(parents=True)
         for p in pictures:
             (root / "images" / "train" / p.name).touch()
@@ -72,11 +72,13 @@ def test_every_format_reads_back_as_what_was_annotated(fmt, world, tmp_path_fact
         wanted = [(desc, box, crowd and fmt in HOLDS_CROWDS) for desc, box, crowd in p.objects]
         assert sorted(found) == sorted(wanted)
         corners = [o.bbox_xyxy_px[:2] for o in record.objects]
-        assert corners == sorted(corners, key=lambda xy: xy[::-1])  # reading order, of what YOLO's fractions come to
+        assert corners == sorted(
+            corners, key=lambda xy: xy[::-1]
+        )  # in reading order, after rounding by YOLO's fractions
         assert (record.width, record.height) == SIZE
 
 
-def test_every_format_has_a_writer_here() -> None:
+def test_every_format_has_a_writer_in_these_tests() -> None:
     assert LAYOUTS.keys() | QUESTIONS.keys() == READERS.keys()
 
 
@@ -84,7 +86,7 @@ def test_every_format_has_a_writer_here() -> None:
 
 
 def write_photos(fmt: str, root: Path) -> dict[str, list[Annotated]]:
-    """A folder as a phone and a download leave it: a picture that lies on its side, one cut off, one with a crowd."""
+    """A folder as phones and downloads leave it: one image is rotated, one is truncated, one has a crowd region."""
     cat, big, crowd = (
         ("cat", (4, 5, 30, 40), False),
         ("red mug", (0, 0, 60, 44), False),
@@ -111,7 +113,7 @@ def write_photos(fmt: str, root: Path) -> dict[str, list[Annotated]]:
 
 
 def both_ways(fmt: str, root: Path, config: RecordsConfig) -> list[Any]:
-    """(records, problems) of the train split by the stages and by the command, or what either of them says."""
+    """(records, problems) of the train split by the stages and by the command, or their error messages."""
     images, annotations = (part.format(split="train") for part in LAYOUTS[fmt])
 
     def by_stages() -> tuple[list[Record], list[str]]:
@@ -135,13 +137,13 @@ def both_ways(fmt: str, root: Path, config: RecordsConfig) -> list[Any]:
 
 
 def _plain(record: Record, prefix: str) -> Record:
-    """Without the set's name, and without the ids that a profile makes where the source has none."""
+    """Without the name of the set, and without the ids that a profile generates if the source has none."""
     metadata = {key: value for key, value in record.metadata.items() if key != "image_id"}
     return replace(record, image=record.image.removeprefix(prefix), metadata=metadata)
 
 
 @pytest.mark.parametrize("fmt", ["coco", "yolo", "voc", "jsonl"])
-def test_the_graph_and_the_command_are_one_conversion(fmt, tmp_path):
+def test_stages_and_command_convert_alike(fmt, tmp_path):
     splits = write_photos(fmt, tmp_path)
     dropping = {"wordings": 1, "bad_images": "drop", "max_lost": 0.5}
     by_stages, by_command = both_ways(fmt, tmp_path, records_config(**dropping))
@@ -161,7 +163,7 @@ def test_the_graph_and_the_command_are_one_conversion(fmt, tmp_path):
         assert words in by_stages
 
 
-def test_a_picture_annotated_as_it_is_stored_is_refused_both_ways(tmp_path):
+def test_an_image_annotated_without_its_exif_orientation_is_refused_both_ways(tmp_path):
     splits = write_photos("coco", tmp_path)
     turned = [replace(p, size=SIZE[::-1]) if p.name == "rotated.jpg" else p for p in splits["train"]]
     write("coco", tmp_path, "train", turned)
@@ -174,7 +176,7 @@ def test_a_picture_annotated_as_it_is_stored_is_refused_both_ways(tmp_path):
 
 
 def outcome(folder: Path, sets: dict[str, DatasetConfig], n_workers: int, **config: Any) -> dict[str, Any] | str:
-    """All that the stages raw and convert write, or the error that they stop with."""
+    """All files that the stages raw and convert write, or their error."""
     try:
         write_manifest(folder / "raw", sets, decode=True, workers=n_workers)
         result = convert_datasets(folder / "raw", records_config(**config), 17, n_workers)
@@ -194,7 +196,7 @@ def two_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("two_a_batch")
 @pytest.mark.parametrize("fmt", LAYOUTS)
-def test_three_processes_write_the_bytes_of_one(fmt: str, tmp_path: Path) -> None:
+def test_three_processes_write_the_same_bytes_as_one(fmt: str, tmp_path: Path) -> None:
     write_some(fmt, tmp_path / "set", {"train": 9})
     sets = {"a": dataset(fmt, tmp_path / "set", prompt="listed", val="auto")}
     alone = outcome(tmp_path, sets, 1)
@@ -211,7 +213,9 @@ def test_three_processes_write_the_bytes_of_one(fmt: str, tmp_path: Path) -> Non
         (True, {"bad_images": "drop", "min_side_px": 38.0, "max_lost": 0.1}),
     ],
 )
-def test_and_so_with_several_sets_losses_and_views(stops: bool, config: dict[str, Any], tmp_path: Path) -> None:
+def test_three_processes_write_the_same_bytes_with_several_sets_losses_and_views(
+    stops: bool, config: dict[str, Any], tmp_path: Path
+) -> None:
     write_some("yolo", tmp_path / "a", {"train": 9, "val": 3})
     write_photos("coco", tmp_path / "b")
     sets = {"b": dataset("coco", tmp_path / "b", prompt="closed"), "a": dataset("yolo", tmp_path / "a", weight=2.5)}
@@ -220,14 +224,16 @@ def test_and_so_with_several_sets_losses_and_views(stops: bool, config: dict[str
     assert outcome(tmp_path, sets, 3, **config) == alone
 
 
-def test_an_error_in_a_process_is_the_one_of_a_single_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A picture that came after the raw stage had looked, far from the beginning."""
+def test_an_error_in_a_worker_equals_that_of_a_single_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An image that was added after the raw stage, late in the file."""
     write_some("yolo", tmp_path / "set", {"train": 12, "val": 3})
     write_manifest(tmp_path / "raw", {"a": dataset("yolo", tmp_path / "set")}, decode=False, workers=3)
     picture(50).save(tmp_path / "set/images/train/train009b.jpg")
     messages = set()
     for n_workers in (1, 3):
-        with pytest.raises(DataError, match=r"train009b\.jpg was not there, or not named, when the pictures") as raised:
+        with pytest.raises(
+            DataError, match=r"train009b\.jpg was missing, or not annotated, when the raw stage"
+        ) as raised:
             convert_datasets(tmp_path / "raw", records_config(), 17, n_workers)
         messages.add(str(raised.value))
     assert len(messages) == 1

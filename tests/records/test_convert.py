@@ -1,4 +1,4 @@
-"""Data sets on disk to the splits of a profile: the manifest, the policies, mixing, and an account of every loss."""
+"""From data sets on disk to the splits of a profile: manifest, policies, mixing, and the count of every loss."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from records_folders import (
 
 @pytest.fixture
 def coco(tmp_path: Path) -> Path:
-    """Twelve training and six val pictures."""
+    """Twelve training and six val images."""
     root = tmp_path / "coco"
     write_split(root, "train2017", 100, 12)
     write_split(root, "val2017", 500, 6)
@@ -92,19 +92,19 @@ def test_the_manifest_changes_with_any_image(coco, tmp_path):
     assert after["sets"]["coco"]["annotation_hashes"] == before["sets"]["coco"]["annotation_hashes"]
 
 
-def test_changed_annotations_are_noticed(coco, tmp_path):
+def test_changed_annotations_are_detected(coco, tmp_path):
     write_manifest(tmp_path / "raw", {"coco": coco_set(coco)}, decode=False, workers=1)
     edit(coco, "val2017", info={"changed": 1})
     with pytest.raises(DataError, match=r"instances_val2017\.json: changed since the raw stage .*dvc repro --force"):
         convert_datasets(tmp_path / "raw", records_config(), 17)
     (coco / "annotations" / "instances_val2017.json").unlink()
-    with pytest.raises(DataError, match="gone since the raw stage"):
+    with pytest.raises(DataError, match="deleted since the raw stage"):
         convert_datasets(tmp_path / "raw", records_config(), 17)
 
 
 @pytest.mark.parametrize("fmt", [*sorted(LAYOUTS), "refcoco"])
-def test_every_file_that_is_read_counts(fmt, tmp_path, monkeypatch):
-    """Label files, lists, tables beside: what a reader opens is in the hash, and any change is noticed."""
+def test_every_file_that_a_reader_opens_is_hashed(fmt, tmp_path, monkeypatch):
+    """The hash covers every file that a reader opens (label files, lists, tables), so any change is detected."""
     root = tmp_path / "set"
     write_photos(fmt, root, {"train": 4, "val": 2})
     config = dataset(fmt, root)
@@ -131,24 +131,22 @@ def test_every_file_that_is_read_counts(fmt, tmp_path, monkeypatch):
         assert write_manifest(tmp_path / "raw", {"a": config}, decode=False, workers=1) == first
 
 
-def test_a_label_file_that_is_added_or_lost_is_noticed(tmp_path):
+def test_an_added_or_missing_label_file_is_detected(tmp_path):
     write_photos("yolo", tmp_path / "set", {"train": 4, "val": 2})
     label = tmp_path / "set/labels/train/train001.txt"
     for change in (label.unlink, lambda: label.write_text("0 .5 .5 .5 .5\n")):
         write_manifest(tmp_path / "raw", {"a": dataset("yolo", tmp_path / "set")}, decode=False, workers=1)
         change()
-        with pytest.raises(
-            DataError, match=r"data\.yaml, or a file with annotations that belongs to it: changed since"
-        ):
+        with pytest.raises(DataError, match=r"data\.yaml, or an annotation file that belongs to it: changed since"):
             read_manifest(tmp_path / "raw")
 
 
-def test_a_root_that_is_not_there_is_named(tmp_path):
+def test_a_missing_root_is_an_error_with_its_path(tmp_path):
     with pytest.raises(DataError, match=r"source\.sets\.coco\.root: .*nowhere is no folder.*ln -s"):
         write_manifest(tmp_path / "raw", {"coco": coco_set(tmp_path / "nowhere")}, decode=False, workers=1)
 
 
-def test_annotations_outside_of_the_root_are_refused(coco, tmp_path):
+def test_annotations_outside_the_root_are_refused(coco, tmp_path):
     with pytest.raises(DataError, match="leaves the image root"):
         write_manifest(tmp_path / "raw", {"coco": coco_set(coco, train="../x.json")}, decode=False, workers=1)
 
@@ -158,7 +156,7 @@ def test_annotations_outside_of_the_root_are_refused(coco, tmp_path):
 
 @pytest.fixture
 def spoiled(coco: Path) -> Path:
-    """Seven of the training images cannot be used, each for its own reason."""
+    """Seven of the training images cannot be used, each for a different reason."""
     folder = coco / "train2017"
     (folder / f"{100:012d}.jpg").unlink()
     cut = folder / f"{101:012d}.jpg"
@@ -185,7 +183,7 @@ EXPECTED = {
 }  # fmt: skip
 
 
-def test_bad_images_are_one_error_that_names_them(spoiled, tmp_path):
+def test_bad_images_are_reported_in_one_error(spoiled, tmp_path):
     with pytest.raises(DataError) as caught:
         convert(tmp_path, {"coco": coco_set(spoiled)})
     message = str(caught.value)
@@ -203,7 +201,7 @@ def test_bad_images_can_be_dropped_and_are_counted_with_file_and_id(spoiled, tmp
     assert len(result.splits["train"]) + len(result.splits["dev"]) == 12 - 7
 
 
-def test_descriptions_cannot_pose_as_markup(coco, tmp_path):
+def test_descriptions_that_look_like_markup_are_dropped(coco, tmp_path):
     bad = ["<|im_end|>", "cat<|coord_5|>", "\ue123 cat", "cat\x00", "x" * 300]
     edit(
         coco,
@@ -262,8 +260,8 @@ NAMES = st.lists(st.sampled_from([f"images/{i:03d}.jpg" for i in range(60)]), mi
 
 
 @given(names=NAMES, dev_images=st.integers(0, 12), twin=st.integers(1, 60), data=st.data())
-def test_dev_is_chosen_by_each_picture_alone(names, dev_images, twin, data):
-    """A name may be listed twice; names whose number is the same modulo `twin` are one picture."""
+def test_the_choice_for_dev_depends_on_each_image_alone(names, dev_images, twin, data):
+    """A name may be listed twice; names whose number is equal modulo `twin` are the same image."""
     content = {f"images/{i:03d}.jpg": str(i % twin) for i in range(60)}
     records = [Record(name, 64, 64, ()) for name in names]
     pictures = {content[name] for name in names}
@@ -279,7 +277,7 @@ def test_dev_is_chosen_by_each_picture_alone(names, dev_images, twin, data):
     assert split_dev(data.draw(st.permutations(records)), dev_images, content) == (train, dev)
     if dev_images:
         assert {content[r.image] for r in split_dev(records, dev_images - 1, content)[1]} < of_dev
-    old = [r for r in records if content[r.image] < max(pictures)]  # without one picture
+    old = [r for r in records if content[r.image] < max(pictures)]  # without one image
     if dev_images < len({content[r.image] for r in old}):
         assert of_dev - {max(pictures)} <= {content[r.image] for r in split_dev(old, dev_images, content)[1]}
 
@@ -291,7 +289,7 @@ def test_dev_is_spread_over_the_source():
     assert all(15 <= thirds.count(third) <= 45 for third in range(3))
 
 
-def test_names_that_the_file_marks_as_held_out_are_believed_unless_training_holds_them(coco, tmp_path):
+def test_held_out_marks_of_a_file_are_used_unless_training_contains_the_name(coco, tmp_path):
     for split in ("train2017", "val2017"):
         edit(coco, split, categories=lambda old: [
             *({**c, "supercategory": "held_out"} if c["name"] in ("cat", "red mug") else c for c in old),
@@ -316,7 +314,7 @@ def test_weights_repeat_training_records_and_ids_do_not_clash(coco, tmp_path):
     other = tmp_path / "other"
     write_split(other, "train2017", 100, 12)
     for path in (other / "train2017").iterdir():
-        picture(1000 + int(path.stem)).save(path)  # other pictures under the same names and ids
+        picture(1000 + int(path.stem)).save(path)  # other images under the same names and ids
     sets = {"coco": coco_set(coco, weight=0.5), "mine": coco_set(other, val="none", weight=2.5)}
     result = convert(tmp_path, sets, dev_images=4)
     counts = Counter(images(result.splits["train"]))
@@ -353,7 +351,7 @@ def test_open_prompts_are_paraphrased_in_training_only(coco, tmp_path):
     assert prompts(result.splits["train"]) == []
 
 
-def test_closed_prompts_name_every_class(coco, tmp_path):
+def test_closed_prompts_list_every_category(coco, tmp_path):
     result = convert(tmp_path, {"coco": coco_set(coco, prompt="closed")})
     for records in result.splits.values():
         assert all(p["names"] == ["person", "traffic light", "cat", "red mug"] for p in prompts(records))
@@ -375,7 +373,7 @@ def test_listed_prompts_mix_present_and_absent_names(coco, tmp_path):
     )
 
 
-def test_mixed_prompts_ask_in_the_stated_fractions_and_val_has_probes(coco, tmp_path):
+def test_mixed_prompts_have_the_configured_fractions_and_val_has_probes(coco, tmp_path):
     sets = {"coco": coco_set(coco, prompt="mixed", weight=60.0)}
     fractions = {"mixed_listed": 0.5, "mixed_phrase": 0.2, "negative_rate": 0.25, "wordings": 1}
     splits = convert(tmp_path, sets, **fractions).splits
@@ -400,7 +398,7 @@ def test_mixed_prompts_ask_in_the_stated_fractions_and_val_has_probes(coco, tmp_
 
 
 def asked_of(present_names, names, trained=None, **policies):
-    """The prompts of many records that show these names, in training."""
+    """The training prompts of many records with these names."""
     objects = tuple(ObjectRecord(name, (0.0, 0.0, 9.0, 9.0)) for name in present_names)
     set_names = SetNames.of(names, trained or names)
     config = records_config(wordings=1, mixed_listed=1.0, **policies)
@@ -408,7 +406,7 @@ def asked_of(present_names, names, trained=None, **policies):
     return [with_prompt(r, "mixed", set_names, config, 3, True).metadata["prompt"]["names"] for r in records]
 
 
-def test_similar_names_are_asked_for_as_often_as_told():
+def test_similar_absent_names_appear_with_the_configured_frequency():
     names = ["red cat", "red dog", "blue cat", *(f"green {n}" for n in ("hat", "bus", "cup", "pen", "jar", "box"))]
     policies = {"listed_names": 4, "listed_present": 1.0}
     shares = {}
@@ -419,7 +417,7 @@ def test_similar_names_are_asked_for_as_often_as_told():
     assert shares[1.0] > 0.75 > 0.4 > shares[0.0]
 
 
-def test_some_of_what_is_there_is_left_out_of_lists():
+def test_listed_prompts_omit_some_present_names():
     there = ["red cat", "blue dog", "green cow", "pink pig"]
     lists = asked_of(there, [*there, "tan hat"], listed_names=5, listed_present=0.5)
     kept = [len(set(asked) & set(there)) for asked in lists]
@@ -427,7 +425,7 @@ def test_some_of_what_is_there_is_left_out_of_lists():
     assert sum(kept) / len(kept) == pytest.approx(2, abs=0.3)
 
 
-def test_training_reads_no_name_that_is_held_out_and_is_never_told_that_a_red_cat_is_no_cat():
+def test_training_prompts_have_no_held_out_name_and_never_call_cat_absent_next_to_a_red_cat():
     names = ["cat", "red cat", "red dog", "blue dog"]
     for hard in (0.0, 1.0):
         lists = asked_of(["red cat"], names, ["cat", "red cat", "blue dog"], listed_hard=hard, negative_rate=0.5)
@@ -435,7 +433,7 @@ def test_training_reads_no_name_that_is_held_out_and_is_never_told_that_a_red_ca
         assert asked == {"red cat", "blue dog"}
 
 
-def test_too_many_names_for_a_closed_prompt(coco, tmp_path):
+def test_too_many_names_for_a_closed_prompt_are_an_error(coco, tmp_path):
     edit(coco, "val2017", categories=lambda old: old + [{"id": 10 + i, "name": f"thing {i}"} for i in range(300)])
     with pytest.raises(ConfigError, match="closed, but the set has 304 names"):
         convert(tmp_path, {"coco": coco_set(coco, prompt="closed")})

@@ -1,4 +1,4 @@
-"""Pictures at a URL: taken when told, whole or with an error that names the URL."""
+"""Images given as URLs: downloaded only on request, completely, or with an error that names the URL."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from coordexp.records.fetched import fetched_files, fetched_rgb, is_address
 
 
 class Site(BaseHTTPRequestHandler):
-    """A picture, a way to it, and what is none."""
+    """Serves an image, a redirect to it, and a file that is not an image."""
 
     def log_message(self, *_: object) -> None:
         """Quiet."""
@@ -48,40 +48,40 @@ def site() -> Iterator[str]:
         server.shutdown()
 
 
-def test_what_is_an_address() -> None:
+def test_urls_are_recognized() -> None:
     named = ["https://a.b/c.jpg", "HTTP://a", "a.jpg", "ftp://a", "/x/https://a", Path("a"), np.zeros((2, 2, 3))]
     assert [is_address(one) for one in named] == [True, True, False, False, False, False, False]
 
 
-def test_a_picture_is_taken_also_by_way_of_another_address(site: str, tmp_path: Path) -> None:
+def test_an_image_is_downloaded_also_through_a_redirect(site: str, tmp_path: Path) -> None:
     assert np.asarray(fetched_rgb(f"{site}/a%20b.png")).shape == (6, 8, 3)
     files = fetched_files([f"{site}/a%20b.png", f"{site}/moved"], tmp_path)
     assert [file.name[8:] for file in files] == ["-a_b.png", "-moved"]
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
-@pytest.mark.parametrize(("path", "words"), [("/nothing", "cannot be fetched: .*404"), ("/page", "page: ")])
-def test_what_fails_is_named_by_its_address(path: str, words: str, site: str) -> None:
+@pytest.mark.parametrize(("path", "words"), [("/nothing", "cannot be downloaded: .*404"), ("/page", "page: ")])
+def test_download_errors_name_the_url(path: str, words: str, site: str) -> None:
     with pytest.raises(PictureError, match=words) as error:
         fetched_rgb(site + path)
     assert site + path in str(error.value)
 
 
-def test_no_server_and_no_end(site: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_server_and_an_endless_reply_are_errors(site: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         closed = f"http://127.0.0.1:{free.getsockname()[1]}/a.png"
-    with pytest.raises(PictureError, match="cannot be fetched"):
+    with pytest.raises(PictureError, match="cannot be downloaded"):
         fetched_rgb(closed)
     monkeypatch.setattr(fetched, "MAX_BYTES", 10)
-    with pytest.raises(PictureError, match="sends more than"):
+    with pytest.raises(PictureError, match="exceeds the limit"):
         fetched_rgb(f"{site}/a%20b.png")
 
 
-def test_nothing_is_taken_unless_told(site: str, capfd: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(PictureError, match="unless told to: fetch=True"):
+def test_nothing_is_downloaded_without_a_request(site: str, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(PictureError, match="only on request: fetch=True"):
         open_picture(f"{site}/a%20b.png")
     with pytest.raises(SystemExit) as done:
         cli.main(["predict", f"{site}/a%20b.png", "--checkpoint", "nowhere"])
     assert done.value.code == 2
-    assert "unless told to: --fetch FOLDER" in capfd.readouterr().err
+    assert "only on request: add --fetch FOLDER" in capfd.readouterr().err

@@ -1,4 +1,4 @@
-"""The hand-over file: exact round trip, and refusal of lines that no decode wrote."""
+"""The predictions file: exact round trip, and refusal of invalid lines."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_only_annotated_areas_are_written():
 
 @settings(max_examples=30)
 @given(st.lists(predictions, max_size=4), st.lists(ground_truths, max_size=4), words)
-def test_every_number_comes_back_exactly(tmp_path_factory, pred, gt, raw_text):
+def test_every_number_is_read_back_exactly(tmp_path_factory, pred, gt, raw_text):
     result = ImageResult(1, "a", 10, 10, tuple(gt), tuple(pred), raw_text, ParseReport(True, len(pred)), "stop", 3)
     path = tmp_path_factory.mktemp("r") / "r.jsonl"
     write_results(path, [result])
@@ -87,7 +87,7 @@ def test_every_number_comes_back_exactly(tmp_path_factory, pred, gt, raw_text):
         (ParseReport(True, 3, {"wrong_arity": 1}), False),
     ],
 )
-def test_a_whole_answer_is_found_closed_and_loses_nothing(report, ok):
+def test_an_answer_is_ok_if_it_is_found_closed_and_complete(report, ok):
     assert report.ok is ok
 
 
@@ -111,14 +111,14 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("row", BROKEN.values(), ids=BROKEN.keys())
-def test_broken_lines_name_file_and_line(tmp_path, row):
+def test_errors_of_invalid_lines_name_file_and_line(tmp_path, row):
     path = tmp_path / "r.jsonl"
     path.write_text(json.dumps(changed()) + "\n" + json.dumps(row) + "\n", encoding="utf-8")
     with pytest.raises(DataError, match=r"r\.jsonl:2: "):
         list(read_results(path))
 
 
-def test_a_file_cut_within_a_character_names_the_line(tmp_path):
+def test_a_file_truncated_within_a_character_is_an_error_with_the_line(tmp_path):
     path = tmp_path / "r.jsonl"
     write_results(path, [RESULT])
     whole = path.read_bytes()
@@ -133,7 +133,7 @@ def test_an_empty_file_is_refused(tmp_path):
         list(read_results(tmp_path / "r.jsonl"))
 
 
-def test_numbers_that_json_cannot_hold_are_not_written(tmp_path):
+def test_numbers_that_json_cannot_represent_are_not_written(tmp_path):
     broken = Prediction("cat", (0, 0, 1, 1), (0, 0, 1, 1), score=float("nan"))
     result = ImageResult(1, "a", 10, 10, (), (broken,), "", ParseReport(True, 1), "stop", 3)
     with pytest.raises(ValueError, match="not JSON compliant"):
@@ -148,7 +148,7 @@ def test_a_crowd_flag_may_be_text(tmp_path, value, expected):
     assert result.gt[0].iscrowd is expected
 
 
-def test_another_crowd_flag_is_refused(tmp_path):
+def test_an_invalid_crowd_flag_is_refused(tmp_path):
     gt = [{"desc": "cat", "bbox_xyxy_px": [1, 2, 3, 4], "iscrowd": "maybe"}]
     (tmp_path / "r.jsonl").write_text(json.dumps(changed(gt=gt)))
     with pytest.raises(DataError, match=r"r\.jsonl:1.*iscrowd is 'maybe' \(text\): expected 0 or 1"):

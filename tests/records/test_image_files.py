@@ -1,4 +1,4 @@
-"""What the image arguments of a command mean."""
+"""How the image arguments of a command are expanded."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from coordexp.records.images import read_rgb
 
 @pytest.mark.parametrize("suffix", sorted(IMAGE_SUFFIXES))
 def test_every_suffix_is_written_and_read(tmp_path: Path, suffix: str) -> None:
-    """A drawing may be saved under each of them."""
+    """A drawing may be saved with each of these suffixes."""
     Image.new("RGB", (6, 4)).save(tmp_path / f"a{suffix}")
     assert read_rgb(tmp_path / f"a{suffix}").size == (6, 4)
 
@@ -24,7 +24,7 @@ def test_every_format_has_a_reader() -> None:
     assert IMAGE_FORMATS.keys() <= Image.OPEN.keys()
 
 
-def test_a_folder_gives_its_images(tmp_path: Path) -> None:
+def test_a_folder_expands_to_its_images(tmp_path: Path) -> None:
     for name in ("b.JPG", "a.jfif", "notes.txt"):
         (tmp_path / name).touch()
     (tmp_path / "deeper.png").mkdir()
@@ -35,10 +35,10 @@ def test_a_folder_gives_its_images(tmp_path: Path) -> None:
     ]
 
 
-def test_a_folder_without_images_says_what_was_looked_for(tmp_path: Path) -> None:
+def test_a_folder_without_images_is_an_error_with_the_expected_suffixes(tmp_path: Path) -> None:
     (tmp_path / "a.heic").touch()
     (tmp_path / "train").mkdir()
-    with pytest.raises(DataError, match=r"none of its 1 files ends in \.apng, \.bmp, .*Sub-folders are not searched"):
+    with pytest.raises(DataError, match=r"none of its 1 files ends in \.apng, \.bmp, .*Subfolders are not searched"):
         expand_images([str(tmp_path)])
     with pytest.raises(DataError, match="nowhere: no image there"):
         expand_images([str(tmp_path / "nowhere")])

@@ -1,4 +1,4 @@
-"""Image files as cameras, scanners and broken downloads make them: read alike everywhere, or named."""
+"""Image files from cameras, scanners and broken downloads: read in the same way everywhere, or refused by name."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_modes_become_rgb(tmp_path, name, image):
     assert abs(int(rgb.mean()) - (255 if name == "bits.png" else 128)) <= 2
 
 
-def test_16_bit_grey_is_scaled_not_clipped(tmp_path):
+def test_16_bit_gray_is_scaled_not_clipped(tmp_path):
     path = save(tmp_path, "deep.png", Image.fromarray(gradient_16_bit()))
     with Image.open(path) as image:
         assert image.mode.startswith("I;16")
@@ -78,7 +78,7 @@ def test_transparency_is_put_on_white(tmp_path):
     assert (rgb[:, 20:] == (255, 0, 0)).all()
 
 
-def test_16_bit_grey_keeps_its_transparent_value(tmp_path):
+def test_16_bit_gray_keeps_its_transparent_value(tmp_path):
     grey = np.full((4, 6), 1000, np.uint16)
     grey[:, 3:] = 30_000
     rgb = np.asarray(read_rgb(save(tmp_path, "clear.png", Image.fromarray(grey), transparency=1000)))
@@ -98,7 +98,7 @@ STORED = [
 
 
 def picture_of(mode: str) -> Image.Image:
-    """Noise in any of Pillow's modes, half of it transparent where the mode can say so."""
+    """Noise in any of Pillow's modes, half of it transparent if the mode supports that."""
     alpha = np.where(np.arange(24) < 12, 60, 255).astype(np.uint8)[None].repeat(18, 0)
     rgba = Image.fromarray(np.dstack([noise(24, 18), alpha]))
     if mode.startswith("I"):
@@ -113,7 +113,7 @@ def picture_of(mode: str) -> Image.Image:
 
 @pytest.mark.parametrize("orientation", [1, 6])
 @pytest.mark.parametrize(("mode", "suffix"), STORED)
-def test_a_file_and_the_picture_opened_from_it_are_the_same_pixels(tmp_path, mode, suffix, orientation):
+def test_a_file_and_the_image_opened_from_it_give_the_same_pixels(tmp_path, mode, suffix, orientation):
     exif = Image.Exif()
     exif[EXIF_ORIENTATION] = orientation
     options = {"exif": exif} if suffix not in ("gif", "bmp") else {}
@@ -127,7 +127,7 @@ def test_a_file_and_the_picture_opened_from_it_are_the_same_pixels(tmp_path, mod
 
 @pytest.mark.parametrize("mode", ["1", "L", "RGB", "I;16"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_turned_tiff_is_the_turned_png(tmp_path, mode, orientation):
+def test_a_rotated_tiff_is_read_as_the_rotated_png(tmp_path, mode, orientation):
     exif = Image.Exif()
     exif[EXIF_ORIENTATION] = orientation
     shown = []
@@ -141,20 +141,20 @@ def test_a_turned_tiff_is_the_turned_png(tmp_path, mode, orientation):
 
 
 @pytest.mark.parametrize("mode", ["La", "RGBa", "RGBX", "HSV", "I;16", "I;16L", "I;16B", "I", "PA", "P"])
-def test_pictures_in_memory_have_modes_that_no_file_has(mode):
+def test_images_in_memory_with_modes_that_files_lack_are_converted(mode):
     rgb = np.asarray(to_rgb(Image.new("LA", (4, 3)).convert("La") if mode == "La" else Image.new(mode, (4, 3))))
     assert rgb.shape == (3, 4, 3)
     assert set(np.unique(rgb)) == ({255} if mode in ("La", "RGBa", "PA") else {0})
 
 
-def test_pictures_in_memory_are_refused_by_name():
+def test_unusable_images_in_memory_are_refused_with_a_description():
     with pytest.raises(DataError, match=r"PIL image of mode F: .*no known range"):
         to_rgb(Image.new("F", (4, 3)))
     with pytest.raises(DataError, match="expected 16 bits"):
         to_rgb(Image.new("I", (4, 3), 70_000))
 
 
-def test_an_orientation_that_means_nothing_turns_nothing(tmp_path):
+def test_an_invalid_orientation_is_ignored(tmp_path):
     for value in (0, 9, 255):
         exif = Image.Exif()
         exif[EXIF_ORIENTATION] = value
@@ -178,7 +178,7 @@ def test_orientation_6_is_a_quarter_turn_clockwise(tmp_path):
 
 
 def png_header(width: int, height: int) -> bytes:
-    """A PNG that claims a size and holds next to nothing."""
+    """A PNG with this size in its header and almost no content."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -190,7 +190,7 @@ def png_header(width: int, height: int) -> bytes:
 
 
 @pytest.mark.parametrize("side", [14_000, 60_000])
-def test_decompression_bombs_are_not_unpacked(tmp_path, side):
+def test_decompression_bombs_are_not_decoded(tmp_path, side):
     (tmp_path / "bomb.png").write_bytes(png_header(side, side))
     facts = inspect_image(tmp_path, "bomb.png")
     assert facts.problem == "image_too_large"
@@ -198,7 +198,7 @@ def test_decompression_bombs_are_not_unpacked(tmp_path, side):
         read_rgb(tmp_path / "bomb.png")
 
 
-def test_a_panorama_is_read_unless_it_is_too_long(tmp_path):
+def test_a_panorama_is_read_unless_its_aspect_ratio_is_too_large(tmp_path):
     save(tmp_path, "wide.png", Image.new("1", (20_000, 100)))
     assert inspect_image(tmp_path, "wide.png") == ImageFacts(
         "wide.png", *_content(tmp_path / "wide.png"), 20_000, 100, "1"
@@ -211,7 +211,7 @@ def _content(path: Path) -> tuple[int, str]:
     return path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def test_files_that_are_cut_off_are_found_by_decoding(tmp_path):
+def test_decoding_finds_truncated_files(tmp_path):
     out = io.BytesIO()
     Image.fromarray(noise(64, 64)).save(out, "JPEG")
     (tmp_path / "cut.jpg").write_bytes(out.getvalue()[:-400])
@@ -228,7 +228,7 @@ def test_files_that_are_cut_off_are_found_by_decoding(tmp_path):
         ("empty.jpg", "image_unreadable"),
     ],
 )
-def test_what_is_no_image_is_named(tmp_path, name, problem):
+def test_files_that_are_not_images_are_reported_by_name(tmp_path, name, problem):
     (tmp_path / "folder").mkdir()
     (tmp_path / "text.jpg").write_text("no image")
     (tmp_path / "empty.jpg").touch()
@@ -237,8 +237,8 @@ def test_what_is_no_image_is_named(tmp_path, name, problem):
     assert facts.detail
 
 
-def test_only_the_named_formats_are_opened(tmp_path, monkeypatch):
-    """An EPS under a picture's name would start Ghostscript."""
+def test_only_the_supported_formats_are_opened(tmp_path, monkeypatch):
+    """An EPS file with the suffix of an image would start Ghostscript."""
     out = io.BytesIO()
     Image.new("RGB", (8, 8)).save(out, "EPS")
     contents = {"eps.jpg": out.getvalue()}
@@ -272,7 +272,7 @@ def test_only_regular_files_are_opened(tmp_path):
                     read(tmp_path / f"{name}.jpg")
 
 
-def test_a_pipe_that_takes_the_place_of_a_file_is_not_waited_for(tmp_path, monkeypatch):
+def test_a_pipe_that_replaces_a_file_does_not_block(tmp_path, monkeypatch):
     path = save(tmp_path, "a.png", Image.new("RGB", (4, 4)))
     regular = os.stat(path)
     path.unlink()
@@ -291,7 +291,7 @@ def test_files_of_gigabytes_are_not_read(tmp_path):
 
 
 @pytest.mark.parametrize("error", [*UNREADABLE, Image.DecompressionBombError])
-def test_no_fault_of_a_decoder_ends_the_look(tmp_path, monkeypatch, error):
+def test_no_decoder_error_ends_the_inspection(tmp_path, monkeypatch, error):
     save(tmp_path, "a.png", Image.new("RGB", (4, 4)))
 
     def broken(*_, **__):
@@ -305,7 +305,7 @@ def test_no_fault_of_a_decoder_ends_the_look(tmp_path, monkeypatch, error):
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("suffix", ["PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP"])
-def test_damaged_files_never_raise_anything_else(tmp_path, suffix):
+def test_damaged_files_raise_only_picture_errors(tmp_path, suffix):
     out = io.BytesIO()
     Image.fromarray(noise(24, 24)).save(out, suffix)
     rng = np.random.default_rng(0)
@@ -350,5 +350,5 @@ def test_paths_that_leave_the_root_or_name_a_view_are_never_opened(tmp_path, nam
 
 
 @pytest.mark.parametrize("name", ["a.jpg", "a/b c/d..e.png", "日本/猫.jpg", "...jpg", "photo #flip.jpg", "a.jpg#"])
-def test_ordinary_paths_are_fine(name):
+def test_ordinary_paths_are_accepted(name):
     assert unsafe_name(name) == ""

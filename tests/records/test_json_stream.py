@@ -1,4 +1,4 @@
-"""A JSON file read in pieces says what `json` says of it, however it is cut."""
+"""Reading a JSON file in pieces gives the result of `json`, for every size of the pieces."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def rebuilt(path: Path, chunk_bytes: int) -> dict[str, Any]:
 @given(document=documents, chunk=st.integers(1, 40), indent=st.sampled_from([None, 1]), ascii_only=st.booleans(),
        encoding=st.sampled_from(["utf-8", "utf-8-sig", "utf-16", "utf-32"]))  # fmt: skip
 @settings(max_examples=150, deadline=None)
-def test_pieces_are_the_whole(document, chunk, indent, ascii_only, encoding, tmp_path_factory):
+def test_reading_in_pieces_equals_reading_as_a_whole(document, chunk, indent, ascii_only, encoding, tmp_path_factory):
     path = tmp_path_factory.mktemp("json") / "a.json"
     text = json.dumps(document, indent=indent, ensure_ascii=ascii_only)
     path.write_bytes(text.encode(encoding, "replace"))
@@ -61,7 +61,7 @@ def test_a_damaged_file_is_refused_as_json_refuses_it(document, data, chunk, tmp
         rebuilt(path, chunk)
 
 
-def test_the_line_of_a_fault_is_named(tmp_path):
+def test_errors_name_the_line(tmp_path):
     path = tmp_path / "a.json"
     path.write_text('{"a": [\n1,\n2,\n{"b": ]}\n]}')
     with pytest.raises(DataError, match=r"a\.json:4: not valid JSON"):

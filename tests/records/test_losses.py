@@ -1,4 +1,4 @@
-"""Lost annotations stop convert and doctor, by one rule, before anything is trained."""
+"""Lost annotations stop convert and doctor by the same rule, before training."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Change = Callable[[dict[str, Any]], Any]
 
 @pytest.fixture
 def coco(tmp_path: Path) -> Path:
-    """Twelve training and six val pictures of 64 x 48 px, with an object in the middle and one on the right."""
+    """Twelve training and six val images of 64 x 48 px, with an object in the middle and one on the right."""
     root = tmp_path / "coco"
     for split, first, count in (("train2017", 100, 12), ("val2017", 500, 6)):
         write_split(root, split, first, count)
@@ -47,7 +47,7 @@ def convert(tmp_path: Path, sets: Any, **config: Any) -> Converted:
 
 
 def stops(tmp_path: Path, sets: Any, **config: Any) -> str:
-    """The message with which convert stops; doctor must stop at the same data, and pass what convert passes."""
+    """The error message of convert; doctor must stop for the same data, and pass if convert passes."""
     found = examine(sets, records_config(**({"max_lost": 0.05} | config)), decode=False, workers=2)
     try:
         convert(tmp_path, sets, **config)
@@ -82,8 +82,8 @@ def as_corners(row: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda row: scaled(row, 1000 / 64, 1000 / 48), "thousandths of the picture"),
-        (lambda row: scaled(row, 1 / 64, 1 / 48), "fractions of the picture"),
+        (lambda row: scaled(row, 1000 / 64, 1000 / 48), "thousandths of the image"),
+        (lambda row: scaled(row, 1 / 64, 1 / 48), "fractions of the image"),
         (as_corners, "look like x1, y1, x2, y2"),
         (lambda row: row.update(bbox="8 8 16 16"), 'bbox_malformed (bbox "8 8 16 16")'),
         (lambda row: row.update(image_id=row["image_id"] + 5000), "unknown_image (image_id 5"),
@@ -93,7 +93,7 @@ def as_corners(row: dict[str, Any]) -> None:
     ids=["thousandths", "fractions", "corners", "malformed", "other ids", "crowd unknown", "all crowds"],
 )
 @pytest.mark.parametrize("split", ["train2017", "val2017"])
-def test_a_damaged_split_stops_and_names_the_cause(coco, tmp_path, capfd, split, change, words):
+def test_a_damaged_split_stops_with_the_likely_cause(coco, tmp_path, capfd, split, change, words):
     assert stops(tmp_path, {"coco": coco_set(coco)}) == ""
     change_each(coco, split, change)
     message = stops(tmp_path, {"coco": coco_set(coco)})
@@ -107,7 +107,7 @@ def test_a_damaged_split_stops_and_names_the_cause(coco, tmp_path, capfd, split,
         assert not (tmp_path / "r.jsonl").exists()
 
 
-def test_a_share_above_the_limit_stops_and_one_below_does_not(coco, tmp_path):
+def test_only_a_fraction_above_the_limit_stops(coco, tmp_path):
     edit(coco, "train2017", annotations=lambda old: [*old, *(annotation(i, 100, 1, [1, 1, 0, 5]) for i in range(6))])
     message = stops(tmp_path, {"coco": coco_set(coco)}, max_lost=0.19)
     assert (
@@ -117,7 +117,7 @@ def test_a_share_above_the_limit_stops_and_one_below_does_not(coco, tmp_path):
     assert stops(tmp_path, {"coco": coco_set(coco)}, max_lost=0.2) == ""
 
 
-def test_lost_images_count_likewise(coco, tmp_path):
+def test_lost_images_are_limited_in_the_same_way(coco, tmp_path):
     for i in range(3):
         (coco / "train2017" / f"{100 + i:012d}.jpg").unlink()
     message = stops(tmp_path, {"coco": coco_set(coco)}, bad_images="drop")
@@ -125,7 +125,7 @@ def test_lost_images_count_likewise(coco, tmp_path):
     assert stops(tmp_path, {"coco": coco_set(coco)}, bad_images="drop", max_lost=0.3) == ""
 
 
-def test_what_a_policy_drops_is_no_loss(coco, tmp_path):
+def test_objects_dropped_by_a_policy_are_not_losses(coco, tmp_path):
     crowds = [annotation(7000 + i, 100 + i, 1, [2, 2, 60, 40], iscrowd=1) for i in range(10)]
     edit(coco, "train2017", annotations=lambda old: [*old, *crowds])
     assert stops(tmp_path, {"coco": coco_set(coco)}, crowd="drop", max_lost=0.0) == ""
@@ -141,19 +141,19 @@ def test_crowds_can_be_read_as_objects(coco, tmp_path, capfd):
     assert "24 objects, 0 of them crowd regions" in capfd.readouterr().out
 
 
-def test_a_split_without_a_counted_object_stops(coco, tmp_path):
+def test_a_split_without_a_valid_object_stops(coco, tmp_path):
     edit(coco, "val2017", annotations=[])
-    assert "val: no record holds an object that counts" in stops(tmp_path, {"coco": coco_set(coco)})
+    assert "val: no record has a valid object" in stops(tmp_path, {"coco": coco_set(coco)})
 
 
-def test_a_set_of_empty_pictures_may_be_mixed_in(coco, tmp_path):
+def test_a_set_of_empty_images_may_be_mixed_in(coco, tmp_path):
     write_split(tmp_path / "empty", "train2017", 900, 4)
     edit(tmp_path / "empty", "train2017", annotations=[])
     sets = {"coco": coco_set(coco), "empty": coco_set(tmp_path / "empty", val="none")}
     assert stops(tmp_path, sets, dev_images=6) == ""
 
 
-def test_the_command_allows_what_it_is_told_to(coco, tmp_path, capfd):
+def test_the_command_accepts_a_higher_limit(coco, tmp_path, capfd):
     edit(coco, "train2017", annotations=lambda old: [*old, *(annotation(i, 100, 9) for i in range(6))])
     assert run(*command(coco, tmp_path)) == 2
     assert "--max-lost" in capfd.readouterr().err
@@ -163,18 +163,18 @@ def test_the_command_allows_what_it_is_told_to(coco, tmp_path, capfd):
     assert sum("unknown_category (category_id 9)" in line for line in lines[:-1]) == 3
 
 
-def test_the_command_has_the_limit_of_the_policies():
+def test_the_default_limit_of_the_command_is_that_of_the_policies():
     assert inspect.signature(cli.convert).parameters["max_lost"].default == FILE_POLICIES.max_lost
 
 
-def test_a_file_without_a_usable_line_says_why(tmp_path, capfd):
+def test_a_file_without_a_valid_line_is_an_error_with_the_reason(tmp_path, capfd):
     (tmp_path / "images").mkdir()
     lines = [{"messages": []}, {"images": ["a.png"], "width": 9, "height": 9, "objects": [{"desc": "x", "box": 1}]}]
     (tmp_path / "r.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     arguments = ("--annotations", tmp_path / "r.jsonl", "--images", tmp_path / "images", "--out", tmp_path / "o.jsonl")
     assert run("convert", "--source", "jsonl", *arguments) == 2
     message = capfd.readouterr().err
-    assert "no object that counts is left (record_invalid 2)" in message
+    assert "no valid object is left (record_invalid 2)" in message
     assert "unknown key 'messages'" in message
 
 
@@ -233,7 +233,7 @@ FORMS: dict[str, tuple[str, Callable[[Path], None], str, str]] = {
 
 
 def big_pictures(root: Path, rows_of: Callable[[int], list[list[float]]]) -> dict[str, DatasetConfig]:
-    """Twelve training and six val pictures of 1700 x 1600 px, nearly white, each with the boxes of its number."""
+    """Twelve training and six val images of 1700 x 1600 px, nearly white, with boxes given by the image number."""
     for split, count in (("train2017", 12), ("val2017", 6)):
         write_split(root, split, 100 * len(split), count)
         rows = []
@@ -245,13 +245,13 @@ def big_pictures(root: Path, rows_of: Callable[[int], list[list[float]]]) -> dic
     return {"coco": coco_set(root)}
 
 
-def test_boxes_that_keep_to_a_corner_of_large_pictures_stop(tmp_path: Path) -> None:
+def test_boxes_only_in_the_corner_of_large_images_stop(tmp_path: Path) -> None:
     def boxes(i: int) -> list[list[float]]:
         return [[50 * i, 100, 300, 850], [200, 300, 500, 200]]
 
     message = stops(tmp_path, big_pictures(tmp_path / "coco", boxes))
-    assert "all 24 boxes lie in the upper left corner of their pictures" in message
-    assert "look like thousandths of the picture (0..1000); pixels are expected" in message
+    assert "all 24 boxes are in the upper left corner of their images" in message
+    assert "look like thousandths of the image (0..1000); pixels are expected" in message
     shutil.rmtree(tmp_path / "coco")
     spread = big_pictures(tmp_path / "coco", lambda i: [*boxes(i), [900, 700, 700, 800]])
     assert stops(tmp_path, spread) == ""
@@ -263,7 +263,7 @@ def test_two_conventions_in_one_file_stop(coco: Path, tmp_path: Path) -> None:
     assert "x1, y1, x2, y2, the others like x, y, width, height: two conventions in one file" in message
 
 
-def test_doctor_notes_boxes_that_reach_out(coco: Path, tmp_path: Path) -> None:
+def test_doctor_reports_boxes_beyond_the_image(coco: Path, tmp_path: Path) -> None:
     change_each(coco, "train2017", lambda row: row.update(bbox=[40, 10, 40, 30]) if row["id"] == 1000 else None)
     assert stops(tmp_path, {"coco": coco_set(coco)}) == ""
     (noted,) = examine({"coco": coco_set(coco)}, records_config(), decode=False, workers=2).findings
@@ -271,16 +271,16 @@ def test_doctor_notes_boxes_that_reach_out(coco: Path, tmp_path: Path) -> None:
     assert noted.examples == ("annotation 1000: corners 40, 10, 80, 40, image 64 x 48 px",)
 
 
-def test_boxes_of_pictures_that_were_scaled_down_stop(coco: Path, tmp_path: Path) -> None:
-    """Nothing is lost, as each still begins inside, and no unit explains it."""
+def test_boxes_of_images_that_were_scaled_down_stop(coco: Path, tmp_path: Path) -> None:
+    """No box is lost, because each starts inside its image, and no other unit explains them."""
     change_each(coco, "train2017", lambda row: row.update(bbox=[30, 24, 36, 20] if row["id"] % 2 else [40, 5, 30, 45]))
     message = stops(tmp_path, {"coco": coco_set(coco)})
-    assert "coco/train: 12 of 24 boxes reach out of their pictures" in message
+    assert "coco/train: 12 of 24 boxes extend beyond their images" in message
     assert "another unit, or sizes of other files" in message
 
 
 @pytest.mark.parametrize("case", FORMS)
-def test_boxes_in_another_form_stop_and_the_key_reads_them(case, tmp_path):
+def test_boxes_in_another_form_stop_and_the_suggested_key_reads_them(case, tmp_path):
     fmt, change, words, form = FORMS[case]
     write_photos(fmt, tmp_path / "set", {"train": 12, "val": 6})
     assert stops(tmp_path, {"mine": dataset(fmt, tmp_path / "set")}) == ""

@@ -1,4 +1,4 @@
-"""20,000 damaged annotation files: each is read, or refused by an error of ours that names the file."""
+"""20,000 damaged annotation files: each is read, or refused with a CoordExpError that names the file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from coordexp.records.sources.base import SplitFiles
 from records_folders import LAYOUTS, Annotated, records_config, write_annotations
 
 SIZE = (64, 48)
-# Of each format how many; text forms are cheap, YAML and parquet are not.
+# Number of files per format; text formats are cheap, YAML and parquet are not.
 COUNTS = {
     "coco": 5000, "lvis": 2500, "objects365": 500, "visual_genome": 2000, "refcoco": 1500, "labelme": 2000,
     "jsonl": 2000, "conversations": 1500, "cvat": 800, "voc": 700, "csv": 700,
@@ -38,7 +38,7 @@ ODD: tuple[Any, ...] = (
 
 
 class AllThere(dict[str, ImageFacts]):
-    """Facts as if every named image were there."""
+    """Facts as if every annotated image existed."""
 
     def __missing__(self, name: str) -> ImageFacts:
         return ImageFacts(name, 1, name, *SIZE, "RGB")
@@ -101,7 +101,7 @@ def mutated_text(text: str, rng: random.Random) -> bytes:
 
 
 def written(fmt: str, root: Path) -> list[Path]:
-    """Small annotations of two pictures, and the files that may be damaged."""
+    """Small annotations of two images, and the files that may be damaged."""
     boxes = (("cat", (4, 5, 30, 40), False), ("red mug", (32, 0, 60, 44), False))
     pictures = [Annotated(f"{i}.jpg", SIZE, boxes) for i in range(2)]
     if fmt == "refcoco":
@@ -126,7 +126,7 @@ def annotations_of(fmt: str) -> tuple[str, str]:
 
 
 def read_all(fmt: str, root: Path) -> None:
-    """Read the files to their end, apply the policies, and write what comes out as the stages do."""
+    """Read the files completely, apply the policies, and write the result as the stages do."""
     reading = READERS[fmt](SplitFiles(root, *annotations_of(fmt), "train", polygons=len(str(root)) % 2 == 0))
     result = to_records(reading, AllThere(), records_config(), "train")
     for record in result.records:
@@ -167,9 +167,7 @@ def test_damaged_annotations_are_read_or_refused(fmt, tmp_path):
     files = written(fmt, tmp_path)
     whole = {file: file.read_bytes() for file in files}
     damage = {file: mutations(file, rng) for file in files}
-    handles = {
-        file: file.open("r+b", buffering=0) for file in files
-    }  # to open a file anew takes longer than to read it
+    handles = {file: file.open("r+b", buffering=0) for file in files}  # opening a file takes longer than reading it
 
     def put(file: Path, content: bytes) -> None:
         handles[file].seek(0)
@@ -185,7 +183,7 @@ def test_damaged_annotations_are_read_or_refused(fmt, tmp_path):
             read_all(fmt, tmp_path)
         except DataError as error:
             refused.append(str(error))
-        except BaseException as error:  # says which file it was
+        except BaseException as error:  # the message names the file
             (tmp_path / "found").write_bytes(content)
             raise AssertionError(f"{fmt} {number} {file.name}: {content[:3000]!r}") from error
         if len(files) > 1:
@@ -194,6 +192,6 @@ def test_damaged_annotations_are_read_or_refused(fmt, tmp_path):
     assert [message for message in refused if tmp_path.name not in message] == []
 
 
-def test_there_are_enough() -> None:
+def test_the_number_of_mutations_is_sufficient() -> None:
     assert sum(COUNTS.values()) >= 20_000
     assert COUNTS.keys() == READERS.keys()

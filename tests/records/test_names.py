@@ -1,4 +1,4 @@
-"""Categories and their file; names that evaluation could not tell apart are settled by convert as doctor says."""
+"""Categories and their file; convert unifies names that evaluation cannot distinguish, as doctor reports."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PERSON = {"id": 1, "name": "person"}
 
 @pytest.fixture
 def coco(tmp_path: Path) -> Path:
-    """Twelve training and six val pictures of persons, traffic lights and cats; nothing is a red mug."""
+    """Twelve training and six val images of persons, traffic lights and cats; there is no red mug."""
     root = tmp_path / "coco"
     write_split(root, "train2017", 100, 12)
     write_split(root, "val2017", 500, 6)
@@ -31,7 +31,7 @@ def coco(tmp_path: Path) -> Path:
 
 def convert(tmp_path: Path, sets: Any) -> Converted:
     result = converted(tmp_path, sets)
-    CategoryIndex(result.categories())  # evaluation takes what convert lets pass
+    CategoryIndex(result.categories())  # evaluation accepts what convert accepts
     return result
 
 
@@ -46,7 +46,7 @@ def with_category(root: Path, category: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("name", ["person", "Person", "_person_"])
-def test_an_unused_category_gives_way_to_the_used_one_of_its_name(coco, tmp_path, name):
+def test_of_two_categories_with_one_name_the_unused_is_omitted(coco, tmp_path, name):
     with_category(coco, {"id": 0, "name": name, "supercategory": "none"})
     result = convert(tmp_path, {"coco": coco_set(coco)})
     assert [(c.id, c.name) for c in result.categories()][:2] == [(1, "person"), (2, "traffic light")]
@@ -55,8 +55,8 @@ def test_an_unused_category_gives_way_to_the_used_one_of_its_name(coco, tmp_path
     assert (stops, "1 'person' stays" in example) == (False, True)
 
 
-def test_accents_in_two_forms_are_one_name(coco, tmp_path):
-    """The tokenizer writes the composed form, so a name in the other one could never be answered."""
+def test_two_unicode_forms_of_an_accent_are_one_name(coco, tmp_path):
+    """The tokenizer writes the composed form, so no answer could contain a name in the other form."""
     composed, decomposed = "caf\u00e9", "cafe\u0301"
     for split in ("train2017", "val2017"):
         edit(coco, split, categories=[{"id": i, "name": name} for i, name in enumerate((decomposed, "x", "y", "z"), 1)])
@@ -68,29 +68,29 @@ def test_accents_in_two_forms_are_one_name(coco, tmp_path):
     assert "category_unused" in findings({"coco": coco_set(coco)})
 
 
-def test_a_root_category_without_an_annotation_is_left_out_and_said(coco, tmp_path):
+def test_a_parent_category_without_annotations_is_omitted_and_reported(coco, tmp_path):
     for split in ("train2017", "val2017"):
         edit(coco, split, categories=lambda old: [
             {"id": 0, "name": "things", "supercategory": "none"}, *(row | {"supercategory": "things"} for row in old),
         ])  # fmt: skip
     result = convert(tmp_path, {"coco": coco_set(coco)})
     assert [c.name for c in result.categories()] == ["person", "traffic light", "cat", "red mug"]
-    assert result.notes == ["coco: category 0 'things' is the root of the others and has no annotation: left out"]
+    assert result.notes == ["coco: category 0 'things' is the parent of the others and has no annotation: omitted"]
     assert findings({"coco": coco_set(coco)})["category_unused"][0] is False
 
 
 @pytest.mark.parametrize("name", ["cat", "CAT"])
-def test_two_used_categories_of_one_name_are_refused(coco, tmp_path, name):
+def test_two_used_categories_with_one_name_are_refused(coco, tmp_path, name):
     for split in ("train2017", "val2017"):
         edit(coco, split, categories=lambda old: [row | ({"name": name} if row["id"] == 1 else {}) for row in old])
     with pytest.raises(
-        DataError, match=rf"coco: categories 1 '{name}' and 3 'cat' have the same name.*both are annotated"
+        DataError, match=rf"coco: categories 1 '{name}' and 3 'cat' have the same name.*both have annotations"
     ):
         convert(tmp_path, {"coco": coco_set(coco)})
     assert findings({"coco": coco_set(coco)})["names_clash"][0]
 
 
-def test_a_name_of_several_sets_is_written_as_in_the_first(coco, tmp_path):
+def test_a_name_of_several_sets_is_spelled_as_in_the_first(coco, tmp_path):
     other = tmp_path / "other"
     write_split(other, "train2017", 100, 12)
     for path in (other / "train2017").iterdir():
@@ -110,7 +110,7 @@ def test_a_name_of_several_sets_is_written_as_in_the_first(coco, tmp_path):
     assert findings(sets)["names_merged"] == (False, "'Person' is written 'person'")
 
 
-def test_names_in_metadata_are_written_alike():
+def test_names_in_metadata_get_the_same_spelling():
     metadata = {"absent": ["Dog", "cat"], "not_exhaustive": ["Cat"], "phrase": "Cat", "image_id": 3}
     record = Record("a.jpg", 9, 9, (ObjectRecord("Cat", (0, 0, 1, 1)),), metadata=metadata)
     (changed,) = respelled([record], {"Cat": "cat"})
@@ -118,19 +118,19 @@ def test_names_in_metadata_are_written_alike():
     assert changed.metadata == {"absent": ["Dog", "cat"], "not_exhaustive": ["cat"], "phrase": "cat", "image_id": 3}
 
 
-def test_evaluation_names_the_categories_that_it_refuses():
+def test_evaluation_reports_clashing_categories():
     with pytest.raises(DataError, match=r"categories 1 'black cat' and 7 'Black_cat' have the same name"):
         CategoryIndex([Category(1, "black cat"), Category(7, "Black_cat")])
 
 
-def test_a_category_survives_its_file(tmp_path):
+def test_categories_are_read_back_from_their_file(tmp_path):
     path = tmp_path / "categories.json"
     categories = (Category(1, "cat", "held_out", "r"), Category(2, "dog"))
     path.write_text(json.dumps([c.to_json() for c in categories]))
     assert read_categories(path) == categories
     assert "frequency" not in categories[1].to_json()
     path.write_text(json.dumps([{"id": 2, "name": "dog", "more": 1}]))
-    assert read_categories(path) == (Category(2, "dog", None),), "nobody says whether it was trained on"
+    assert read_categories(path) == (Category(2, "dog", None),), "not specified whether it is in training"
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ def test_a_category_survives_its_file(tmp_path):
     ],
     ids=lambda content: repr(content[:40]),
 )
-def test_broken_category_files_are_named(tmp_path, content):
+def test_invalid_category_files_are_errors_with_the_entry(tmp_path, content):
     path = tmp_path / "categories.json"
     path.write_bytes(content)
     with pytest.raises(DataError, match=r"categories\.json"):

@@ -1,6 +1,6 @@
-"""Pictures of every kind that people have: each is read as a viewer shows it, or refused by name, in no time.
+"""Images of all common kinds: each is read as a viewer shows it, or quickly refused by name.
 
-Checks and readers must agree, and nothing but a PictureError may come out of any file.
+Checks and readers must agree, and the only exception for any file is PictureError.
 """
 
 from __future__ import annotations
@@ -164,7 +164,7 @@ def timed(look: Callable[[], Any]) -> Any:
 
 
 @pytest.mark.parametrize("name", READ)
-def test_what_a_viewer_shows_is_read(tmp_path: Path, name: str) -> None:
+def test_images_are_read_as_a_viewer_shows_them(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(READ[name])
     facts = timed(lambda: inspect_image(tmp_path, name))
     assert facts.problem == "", facts.detail
@@ -174,7 +174,7 @@ def test_what_a_viewer_shows_is_read(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("name", REFUSED)
-def test_anything_else_is_refused_by_name(tmp_path: Path, name: str) -> None:
+def test_other_files_are_refused_by_name(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(REFUSED[name])
     facts = timed(lambda: inspect_image(tmp_path, name))
     assert facts.problem in ("image_unreadable", "image_too_large", "image_too_long")
@@ -183,7 +183,7 @@ def test_anything_else_is_refused_by_name(tmp_path: Path, name: str) -> None:
         timed(lambda: read_rgb(tmp_path / name))
 
 
-def test_the_first_of_several_pictures_counts(tmp_path: Path) -> None:
+def test_the_first_of_several_images_in_a_file_is_read(tmp_path: Path) -> None:
     for name in ("mpo.jpg", "animated.png", "animated.gif", "animated.webp", "pages.tif"):
         (tmp_path / name).write_bytes(READ[name])
         assert np.abs(np.asarray(read_rgb(tmp_path / name), float) - (250, 10, 10)).max() < 12, name

@@ -1,4 +1,4 @@
-"""The log of predictions resumes, knows which answers still hold, and turns into what COCO's own reader loads."""
+"""The prediction log can be resumed, detects outdated answers, and exports a file that pycocotools reads."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def written(path: Path) -> list[str]:
     return [json.loads(line)["image"] for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
-def test_a_second_log_knows_what_the_first_wrote(tmp_path: Path) -> None:
+def test_a_second_log_reads_what_the_first_wrote(tmp_path: Path) -> None:
     path = tmp_path / "new" / "out.jsonl"
     answer = ANSWER | {"raw_text": "a line separator \u2028 within"}
     PredictionLog(path, A).add("größe.jpg", SOURCE, "ff", answer)
@@ -42,13 +42,13 @@ def test_a_second_log_knows_what_the_first_wrote(tmp_path: Path) -> None:
     ("source", "picture", "reason"),
     [
         (replace(SOURCE, checkpoint="4567"), "ff", "checkpoint changed"),
-        (SOURCE, "ee", "picture changed"),
+        (SOURCE, "ee", "image changed"),
         (replace(SOURCE, settings=SOURCE.settings | {"codec": "tags"}), "ff", "settings changed: codec"),
         (replace(SOURCE, settings={"codec": "json", "find": 1}), "ff", "settings changed: find, max_new_tokens, sizes"),
         (replace(SOURCE, checkpoint="4567"), "ee", "checkpoint changed and picture changed"),
     ],
 )
-def test_an_answer_holds_only_if_all_that_made_it_is_the_same(
+def test_an_answer_is_valid_only_if_everything_that_determined_it_is_unchanged(
     tmp_path: Path, source: AnswerSource, picture: str, reason: str
 ) -> None:
     path = tmp_path / "out.jsonl"
@@ -56,13 +56,13 @@ def test_an_answer_holds_only_if_all_that_made_it_is_the_same(
     assert PredictionLog(path, A).change("1.jpg", source, picture) == reason
 
 
-def test_a_line_of_an_older_version_does_not_hold(tmp_path: Path) -> None:
+def test_a_line_of_an_older_version_is_not_reused(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
     path.write_text(json.dumps({"image": "1.jpg", "checkpoint": "a", **ANSWER}) + "\n")
     assert PredictionLog(path, A).change("1.jpg", SOURCE, "ff") == "an older version wrote no key"
 
 
-def test_a_new_answer_takes_the_place_of_the_old_one_only(tmp_path: Path) -> None:
+def test_a_new_answer_replaces_only_the_old_one(tmp_path: Path) -> None:
     path, other = tmp_path / "out.jsonl", replace(SOURCE, checkpoint="4567")
     log = PredictionLog(path, A)
     for name in ("1.jpg", "2.jpg"):
@@ -70,12 +70,12 @@ def test_a_new_answer_takes_the_place_of_the_old_one_only(tmp_path: Path) -> Non
     log.add("1.jpg", other, "ff", EMPTY)
     assert written(path) == ["1.jpg", "2.jpg", "1.jpg"]  # appended: at no time is a line missing
     assert [(row["image"], row["width"]) for row in read_rows(path)] == [("2.jpg", 100), ("1.jpg", 10)]
-    PredictionLog(path, A).add("3.jpg", other, "ff", ANSWER)  # by somebody else, meanwhile
+    PredictionLog(path, A).add("3.jpg", other, "ff", ANSWER)  # by another process, meanwhile
     assert log.close(other) == 1
     assert written(path) == ["2.jpg", "1.jpg", "3.jpg"]
 
 
-def test_a_line_cut_short_is_written_again(tmp_path: Path) -> None:
+def test_a_truncated_line_is_written_again(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
     PredictionLog(path, A).add("1.jpg", SOURCE, "ff", ANSWER)
     with path.open("a") as out:
@@ -104,7 +104,7 @@ def test_another_checkpoint_is_refused(tmp_path: Path) -> None:
         (b"\xff\xd8\n", r"notes\.txt:1: not UTF-8"),
     ],
 )
-def test_a_file_of_something_else_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
+def test_a_file_of_another_kind_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "notes.txt"
     path.write_bytes(content)
     with pytest.raises(DataError, match=message):
@@ -112,7 +112,7 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path, content: bytes, mes
     assert path.read_bytes() == content
 
 
-def test_cocos_own_reader_loads_it(tmp_path: Path) -> None:
+def test_pycocotools_reads_the_export(tmp_path: Path) -> None:
     rows = [{"image": "1.jpg", **ANSWER}, {"image": "2.jpg", **EMPTY}]
     path = tmp_path / "coco.json"
     path.write_text(json.dumps(coco_predictions(rows)))

@@ -1,4 +1,4 @@
-"""The public sets, made of small stand-ins: a wheel with photos, and COCO's archives on a local server."""
+"""The public data sets, built from small stand-ins: a wheel with photos, and COCO's archives on a local server."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def write_wheel(path: Path) -> dict[str, tuple[Image.Image, list[tuple[int, int,
 
 @pytest.fixture
 def trees(tmp_path: Path) -> tuple[dict[str, PublicSet], Path, dict]:
-    """The registry with the stand-in for the wheel, which lies where pip would have put it."""
+    """The registry with a stand-in for the wheel, which is where pip would put it."""
     datasets = tmp_path / "datasets"
     (datasets / DOWNLOADS).mkdir(parents=True)
     wheel = datasets / DOWNLOADS / "deepforest-2.1.0-py3-none-any.whl"
@@ -87,17 +87,17 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def profile_records(name: str, repository: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, list]:
-    """What `raw` and `convert` make of a set for the committed profile, with dev of one picture."""
+    """The output of `raw` and `convert` for a set with the committed profile, with one dev image."""
     monkeypatch.setenv("DVC_ROOT", str(root))
     profile = load_profile(repository / "configs" / f"{name}.yaml")
     write_manifest(root / "raw", profile.source.sets, True, 1)
     converted = convert_datasets(root / "raw", profile.records.model_copy(update={"dev_images": 1}), 17)
     lost = {reason for reasons in converted.drops().values() for reason in reasons}
-    assert lost <= {"duplicate_object"}  # of random boxes, two may be one where they are clipped
+    assert lost <= {"duplicate_object"}  # two random boxes may coincide after clipping
     return {split: list(records) for split, records in converted.splits.items()}
 
 
-def test_trees_are_tiles_of_the_photos_with_clipped_boxes(trees, repository, monkeypatch, capsys) -> None:
+def test_trees_consist_of_photo_tiles_with_clipped_boxes(trees, repository, monkeypatch, capsys) -> None:
     sets, datasets, photos = trees
     assert fetch.main(["trees", "--datasets", str(datasets)], sets) == EXIT_DONE
     assert "next:" in capsys.readouterr().out
@@ -144,7 +144,7 @@ def test_trees_are_tiles_of_the_photos_with_clipped_boxes(trees, repository, mon
     assert {o.desc for split in records.values() for r in split for o in r.objects} == {"tree"}
 
 
-def test_trees_are_made_again_to_the_same_bytes_and_replace_nobody_elses(trees, capsys) -> None:
+def test_trees_are_rebuilt_to_the_same_bytes_and_never_replace_a_foreign_folder(trees, capsys) -> None:
     sets, datasets, _ = trees
     arguments = ["trees", "--datasets", str(datasets)]
     assert fetch.main(arguments, sets) == EXIT_DONE
@@ -159,7 +159,7 @@ def test_trees_are_made_again_to_the_same_bytes_and_replace_nobody_elses(trees, 
 
 
 @given(st.integers(1, 2000), st.integers(1, 2000), st.integers(60, 400))
-def test_a_grid_covers_the_picture_once(width: int, height: int, longest: int) -> None:
+def test_a_grid_covers_the_image_exactly_once(width: int, height: int, longest: int) -> None:
     rows = grid(width, height, longest)
     sides = {(x2 - x1, y2 - y1) for row in rows for x1, y1, x2, y2 in row}
     assert max(max(side) for side in sides) <= longest
@@ -173,7 +173,7 @@ PICTURES = 30
 
 
 def write_archives(folder: Path) -> list[Path]:
-    """The two archives of COCO 2017, small: folders as entries of their own, and files that nobody asks for."""
+    """The two archives of COCO 2017 in small: with separate entries for folders, and files that are not needed."""
     images, annotations = [], []
     with zipfile.ZipFile(folder / "val2017.zip", "w") as archive:
         archive.writestr("val2017/", "")
@@ -197,7 +197,7 @@ class Quiet(SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def coco(tmp_path: Path) -> Iterator[tuple[dict[str, PublicSet], Path]]:
-    """The registry with the stand-ins on a server of this machine."""
+    """The registry with stand-ins on a local server."""
     served = tmp_path / "served"
     served.mkdir()
     paths = write_archives(served)
@@ -214,7 +214,7 @@ def coco(tmp_path: Path) -> Iterator[tuple[dict[str, PublicSet], Path]]:
     http.server_close()
 
 
-def test_coco_is_fetched_into_the_layout_of_its_profile(coco, repository, monkeypatch, capsys) -> None:
+def test_coco_is_downloaded_into_the_layout_of_its_profile(coco, repository, monkeypatch, capsys) -> None:
     sets, datasets = coco
     assert fetch.main(["coco-val2017", "--datasets", str(datasets)], sets) == EXIT_DONE
     told = capsys.readouterr().out
@@ -228,7 +228,7 @@ def test_coco_is_fetched_into_the_layout_of_its_profile(coco, repository, monkey
     assert all(records.values())
 
 
-def test_what_is_there_is_left_alone_and_half_a_folder_is_named(coco, capsys) -> None:
+def test_existing_parts_are_kept_and_an_incomplete_folder_is_an_error(coco, capsys) -> None:
     sets, datasets = coco
     arguments = ["coco-val2017", "--datasets", str(datasets)]
     own = datasets / "coco" / "annotations" / "instances_train2017.json"
@@ -238,7 +238,7 @@ def test_what_is_there_is_left_alone_and_half_a_folder_is_named(coco, capsys) ->
     assert own.read_text() == "of the user"
     before = content(datasets / "coco")
     for archive in (datasets / DOWNLOADS).glob("*.zip"):
-        archive.unlink()  # nothing is fetched again for what is there
+        archive.unlink()  # existing files are not downloaded again
     assert fetch.main(arguments, sets) == EXIT_DONE
     assert list((datasets / DOWNLOADS).glob("*.zip")) == []
     assert content(datasets / "coco") == before
@@ -247,18 +247,18 @@ def test_what_is_there_is_left_alone_and_half_a_folder_is_named(coco, capsys) ->
     assert f"holds {PICTURES - 1} files, expected {PICTURES}" in capsys.readouterr().err
 
 
-def test_without_network_it_stops_with_what_to_do(coco, capsys) -> None:
+def test_without_network_the_error_states_what_to_do(coco, capsys) -> None:
     sets, datasets = coco
     known = sets["coco-val2017"]
     files = tuple(replace(file, source=f"http://pictures.invalid/{file.name}") for file in known.files)
     assert fetch.main(["coco-val2017", "--datasets", str(datasets)], {"coco-val2017": replace(known, files=files)}) == 2
     captured = capsys.readouterr()
-    assert "cannot be fetched" in captured.err
+    assert "cannot be downloaded" in captured.err
     assert f"into {datasets / DOWNLOADS} as val2017.zip" in captured.err
     assert not (datasets / "coco").exists()
 
 
-def test_an_archive_cannot_write_elsewhere(tmp_path: Path, capsys) -> None:
+def test_an_archive_cannot_write_outside_its_folder(tmp_path: Path, capsys) -> None:
     archive = tmp_path / DOWNLOADS / "evil.zip"
     archive.parent.mkdir()
     with zipfile.ZipFile(archive, "w") as out:
@@ -270,9 +270,9 @@ def test_an_archive_cannot_write_elsewhere(tmp_path: Path, capsys) -> None:
     assert [path for path in tmp_path.rglob("escaped*")] == []
 
 
-def test_the_registry_names_files_by_hash_and_no_registry_by_host(repository: Path) -> None:
+def test_the_registry_has_hashes_and_profiles(repository: Path) -> None:
     for name, known in PUBLIC_SETS.items():
-        assert (repository / "configs" / f"{name}.yaml").is_file()  # each has a profile of its name
+        assert (repository / "configs" / f"{name}.yaml").is_file()  # each has a profile with its name
         for file in known.files:
             assert len(file.sha256) == 64
             assert file.bytes > 0

@@ -1,4 +1,4 @@
-"""A folder says itself which format it is in, with which splits and pictures."""
+"""The format, splits and images of a folder are recognized from its content."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_every_format_is_recognized_with_its_splits(fmt, tmp_path):
     assert {c.name for c in result.categories()} <= set(NAMES)
 
 
-def test_expressions_are_recognized(tmp_path):
+def test_referring_expressions_are_recognized(tmp_path):
     write_photos("refcoco", tmp_path / "set", {"train": 8, "val": 4})
     found, _ = recognize_folder(tmp_path / "set")  # and its instances.json alone
     assert (found.format, found.keys["prompt"], found.images, found.problems) == ("refcoco", "phrase", 12, ())
@@ -52,7 +52,7 @@ def test_expressions_are_recognized(tmp_path):
 
 
 @pytest.mark.parametrize("fmt", sorted(LAYOUTS))
-def test_a_folder_without_val_gets_one_by_content(fmt, tmp_path):
+def test_without_a_val_split_images_are_selected_by_content(fmt, tmp_path):
     write_photos(fmt, tmp_path / "set", {"train": 12})
     found = only(tmp_path / "set")
     assert (found.format, found.keys["val"]) == (fmt, "auto"), found
@@ -67,7 +67,7 @@ def test_a_folder_without_val_gets_one_by_content(fmt, tmp_path):
 
 
 def coco_files(root: Path, **splits: str) -> None:
-    """A COCO file at each path, with pictures beside it: as Roboflow exports."""
+    """A COCO file at each path, with images next to it, as Roboflow exports them."""
     for split, name in splits.items():
         write_split(root, f"{split}2017", 100 * len(split), 6)
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -78,7 +78,7 @@ def coco_files(root: Path, **splits: str) -> None:
     (root / "annotations").rmdir()
 
 
-def test_coco_as_roboflow_exports_it(tmp_path):
+def test_coco_exported_by_roboflow_is_recognized(tmp_path):
     coco_files(tmp_path, train="train/_annotations.coco.json", val="valid/_annotations.coco.json")
     found = only(tmp_path)
     assert found.keys | {"root": ""} == {
@@ -89,7 +89,7 @@ def test_coco_as_roboflow_exports_it(tmp_path):
     assert found.problems == ()
 
 
-def test_coco_in_another_frame_is_read_in_it(tmp_path):
+def test_coco_with_boxes_in_another_frame_is_recognized(tmp_path):
     def thousandths(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for row in rows:
             x, y, w, h = row["bbox"]
@@ -101,13 +101,13 @@ def test_coco_in_another_frame_is_read_in_it(tmp_path):
         edit(tmp_path / "set", split, annotations=thousandths)
     found = only(tmp_path / "set")
     assert found.keys["boxes"] == "thousandths"
-    assert "thousandths of the picture" in found.problems[0]
+    assert "thousandths of the image" in found.problems[0]
     result = converted(tmp_path, {"mine": found.dataset()}, max_lost=0.0)
     (first, *_) = result.splits["val"]
     assert [tuple(round(v, 6) for v in o.bbox_xyxy_px) for o in first.objects] == [(2, 3, 22, 28), (11, 4, 31, 29)]
 
 
-def test_the_hub_with_corners(tmp_path):
+def test_hub_files_with_corners_are_recognized(tmp_path):
     write_photos("hub", tmp_path / "set", {"train": 8})
     for path in (tmp_path / "set/data").iterdir():
         table = pq.read_table(path)
@@ -121,7 +121,7 @@ def test_the_hub_with_corners(tmp_path):
     assert {o.bbox_xyxy_px[2] for rs in result.splits.values() for r in rs for o in r.objects} == {30.0, 60.0}
 
 
-def test_yolo_with_its_own_lists_and_labels_beside_images(tmp_path):
+def test_yolo_with_image_lists_and_labels_next_to_images_is_recognized(tmp_path):
     write_photos("yolo", tmp_path / "set", {"train": 8, "val": 4})
     root = tmp_path / "set"
     for split in ("train", "val"):
@@ -139,7 +139,7 @@ def test_yolo_with_its_own_lists_and_labels_beside_images(tmp_path):
     assert lost(result) == 0
 
 
-def test_voc_in_one_folder_counting_from_zero(tmp_path):
+def test_voc_in_one_folder_counting_from_zero_is_recognized(tmp_path):
     root = tmp_path / "photos"
     root.mkdir()
     for i in range(12):
@@ -155,7 +155,7 @@ def test_voc_in_one_folder_counting_from_zero(tmp_path):
     assert {o.bbox_xyxy_px[0] for rs in result.splits.values() for r in rs for o in r.objects} == {0.0, 1.0, 2.0}
 
 
-def test_what_is_no_data_set_is_not_recognized(tmp_path):
+def test_other_folders_are_not_recognized(tmp_path):
     picture(1).save(tmp_path / "a.jpg")
     (tmp_path / "package.json").write_text('{"name": "x"}')
     (tmp_path / "table.csv").write_text("a,b\n1,2\n")
@@ -164,6 +164,6 @@ def test_what_is_no_data_set_is_not_recognized(tmp_path):
     assert recognize_folder(tmp_path) == []
 
 
-def test_a_candidate_is_a_set_of_a_profile(tmp_path):
+def test_a_candidate_is_a_valid_parameter_block(tmp_path):
     write_photos("csv", tmp_path, {"train": 4})
     assert isinstance(only(tmp_path).dataset(), DatasetConfig)

@@ -1,4 +1,4 @@
-"""The record contract: what is accepted, and that every kind of broken record names its file and line."""
+"""The record contract: valid records, and an error with file and line for every kind of invalid record."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def object_with(**changes) -> dict:
     return record_with(objects=[{key: value for key, value in (CAT | changes).items() if value is not ...}])
 
 
-def test_a_good_record():
+def test_a_valid_record_is_read():
     record = parse_record(record_with(summary="a cat", metadata={"image_id": 7}), "f:1")
     cat = ObjectRecord("black cat", (70.4, 148.8, 262.4, 338.4))
     assert record == Record("a/b.jpg", 640, 480, (cat,), "a cat", {"image_id": 7})
@@ -49,7 +49,7 @@ def test_a_polygon_is_kept_and_its_tight_box_is_used():
     assert obj.poly_px == (10, 20, 50, 5, 30, 60)
 
 
-def test_an_area_comes_back_to_the_last_digit(tmp_path):
+def test_areas_are_read_back_exactly(tmp_path):
     record = Record("a/b.jpg", 640, 480, (ObjectRecord("cat", (1, 2, 30, 40), area_px2=1023.9999999999999),))
     write_records(tmp_path / "r.jsonl", [record])
     assert next(read_records(tmp_path / "r.jsonl")).objects[0].area_px2 == 1023.9999999999999
@@ -83,7 +83,7 @@ BROKEN = {
     "desc with half a character": (object_with(desc="cat \ud83d"), "half of a surrogate pair"),
     "area no number": (object_with(area_px2="812"), "objects[0]: area_px2 is '812'"),
     "negative area": (object_with(area_px2=-1), "area_px2 is -1"),
-    "area NaN": (object_with(area_px2=float("nan")), "NaN is no number"),
+    "area NaN": (object_with(area_px2=float("nan")), "NaN is not a number"),
     "no geometry": (object_with(bbox_2d=...), "geometry none"),
     "two geometries": (object_with(poly=[1, 2, 3, 4, 5, 6]), "exactly one of bbox_2d and poly"),
     "box no list": (object_with(bbox_2d="1,2,3,4"), "flat list"),
@@ -92,8 +92,8 @@ BROKEN = {
     "five values": (object_with(bbox_2d=[1, 2, 3, 4, 5]), "has 5 values"),
     "bool value": (object_with(bbox_2d=[True, 2, 30, 40]), "holds True"),
     "null value": (object_with(bbox_2d=[None, 2, 30, 40]), "holds None"),
-    "NaN": (object_with(bbox_2d=[float("nan"), 2, 30, 40]), "NaN is no number"),
-    "infinity": (object_with(bbox_2d=[1, 2, float("inf"), 40]), "Infinity is no number"),
+    "NaN": (object_with(bbox_2d=[float("nan"), 2, 30, 40]), "NaN is not a number"),
+    "infinity": (object_with(bbox_2d=[1, 2, float("inf"), 40]), "Infinity is not a number"),
     "beyond float": (object_with(bbox_2d=[1, 2, 10**400, 40]), "401 digits"),
     "x2 = x1": (object_with(bbox_2d=[30, 2, 30, 40]), "empty or outside the 640x480"),
     "y2 < y1": (object_with(bbox_2d=[1, 50, 30, 40]), "empty or outside"),
@@ -110,7 +110,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize(("row", "message"), BROKEN.values(), ids=BROKEN.keys())
-def test_broken_records_name_file_and_line(tmp_path, row, message):
+def test_errors_of_invalid_records_name_file_and_line(tmp_path, row, message):
     path = tmp_path / "train.jsonl"
     path.write_text(f"{json.dumps(GOOD)}\n{json.dumps(row)}\n", encoding="utf-8")
     with pytest.raises(DataError) as caught:
@@ -122,14 +122,14 @@ def test_broken_records_name_file_and_line(tmp_path, row, message):
 @pytest.mark.parametrize(
     "line", [b"", b"  ", b'{"images": ["a"', b'{"desc": "caf\xe9"}', b"NaN,", b"not json"], ids=repr
 )
-def test_broken_lines_name_file_and_line(tmp_path, line):
+def test_errors_of_invalid_lines_name_file_and_line(tmp_path, line):
     path = tmp_path / "train.jsonl"
     path.write_bytes(json.dumps(GOOD).encode() + b"\n" + line + b"\n" + json.dumps(GOOD).encode() + b"\n")
     with pytest.raises(DataError, match=r"train\.jsonl:2: "):
         list(read_records(path))
 
 
-def test_records_before_the_broken_one_are_read(tmp_path):
+def test_records_before_an_invalid_one_are_read(tmp_path):
     path = tmp_path / "train.jsonl"
     path.write_text(json.dumps(GOOD) + "\n{\n", encoding="utf-8")
     reader = read_records(path)
@@ -163,7 +163,9 @@ def test_write_and_read_round_trip(tmp_path_factory, written):
         assert (read.summary, read.metadata) == (record.summary, record.metadata)
         for a, b in zip(read.objects, record.objects, strict=True):
             assert (a.desc, a.metadata) == (b.desc, b.metadata)
-            assert a.bbox_xyxy_px == pytest.approx(b.bbox_xyxy_px, abs=5.1e-4)  # written to a thousandth of a pixel
+            assert a.bbox_xyxy_px == pytest.approx(
+                b.bbox_xyxy_px, abs=5.1e-4
+            )  # rounded to a thousandth of a pixel in the file
 
 
 def test_a_polygon_survives_the_round_trip(tmp_path):

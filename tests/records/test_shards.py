@@ -1,4 +1,4 @@
-"""Pictures in shards: what files would give, byte for byte, and every damage is seen by whoever reads a picture."""
+"""Images in shards equal images in files, byte for byte, and every reader of an image detects damage."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def read(root: Path, name: str) -> bytes:
 
 
 def unpacked(root: Path, out: Path) -> Path:
-    """The same folder with its pictures as files, as any ZIP tool unpacks them."""
+    """The same folder with its images as files, unpacked by a ZIP tool."""
     shutil.copytree(root, out, ignore=shutil.ignore_patterns("*.zip", INDEX))
     for shard in sorted(root.glob("*.zip")):
         with zipfile.ZipFile(shard) as archive:
@@ -52,7 +52,7 @@ def unpacked(root: Path, out: Path) -> Path:
     return out
 
 
-def test_a_world_in_shards_is_the_world_in_files(tmp_path: Path) -> None:
+def test_images_in_shards_equal_images_in_files(tmp_path: Path) -> None:
     write_coco_folder(tmp_path / "shards" / "images", SCENES, 3, workers=2)
     unpacked(tmp_path / "shards" / "images", tmp_path / "files" / "images")
     assert len(list(tmp_path.glob("files/images/*/*.jpg"))) == SCENES.train_images + SCENES.val_images
@@ -79,7 +79,7 @@ NAMES = st.lists(st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_siz
 
 @settings(max_examples=40)
 @given(names=NAMES, data=st.data())
-def test_what_is_written_is_read_and_equal_pictures_give_equal_bytes(
+def test_written_images_are_read_back_and_equal_images_give_equal_bytes(
     names: list[str], data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     contents = {f"a/{name}": data.draw(st.binary(max_size=40)) for name in sorted(names)}
@@ -98,7 +98,7 @@ def test_what_is_written_is_read_and_equal_pictures_give_equal_bytes(
     assert written[0] == written[1]
 
 
-def test_what_no_shard_holds_is_a_file_or_missing(tmp_path: Path) -> None:
+def test_a_name_outside_all_shards_is_a_file_or_missing(tmp_path: Path) -> None:
     write_shards(tmp_path, {"train": CONTENTS.items()})
     (tmp_path / "beside.bin").write_bytes(b"a file")
     assert read(tmp_path, "beside.bin") == b"a file"
@@ -127,7 +127,7 @@ def test_threads_and_forked_processes_read_at_once(tmp_path: Path) -> None:
 
 
 def refused(root: Path) -> list[str]:
-    """Reads every picture anew: each is what was written, or a DataError says what is wrong. Returns those."""
+    """Read every image again: each equals what was written, or raises a DataError. Returns the errors."""
     shards._members.cache_clear()
     messages = []
     for name, content in CONTENTS.items():
@@ -140,7 +140,7 @@ def refused(root: Path) -> list[str]:
 
 @settings(max_examples=150)
 @given(data=st.data())
-def test_no_damage_goes_unseen(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_all_damage_is_detected(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
     root = tmp_path_factory.mktemp("damaged")
     write_shards(root, {"train": CONTENTS.items()})
     assert refused(root) == []
@@ -153,12 +153,12 @@ def test_no_damage_goes_unseen(data: st.DataObject, tmp_path_factory: pytest.Tem
     else:
         content[at] ^= 1 << data.draw(st.integers(0, 7))
     path.write_bytes(content)
-    messages = refused(root)  # a changed bit may be one that says nothing, such as a time
+    messages = refused(root)  # a changed bit may be irrelevant, such as one of a timestamp
     assert all(message.startswith(f"{path}: ") and "dvc checkout" in message for message in messages)
     assert not is_cut or len(messages) == len(CONTENTS)
 
 
-def test_a_flipped_bit_of_directory_or_picture_is_seen(tmp_path: Path) -> None:
+def test_flipped_bits_in_directory_or_image_are_detected(tmp_path: Path) -> None:
     write_shards(tmp_path, {"train": CONTENTS.items()})
     shard = tmp_path / "train-001.zip"
     whole = shard.read_bytes()
@@ -172,7 +172,7 @@ def test_a_flipped_bit_of_directory_or_picture_is_seen(tmp_path: Path) -> None:
         assert all(message.startswith(f"{shard}: damaged, or changed since it was written") for message in messages)
 
 
-def test_a_shard_that_is_gone_or_no_file_is_named(tmp_path: Path) -> None:
+def test_a_missing_or_irregular_shard_is_an_error_with_its_name(tmp_path: Path) -> None:
     write_shards(tmp_path, {"train": CONTENTS.items()})
     shard = tmp_path / "train-002.zip"
     shard.unlink()
@@ -188,8 +188,8 @@ def test_a_shard_that_is_gone_or_no_file_is_named(tmp_path: Path) -> None:
         assert all(INDEX in m and "xpected the list of shards" in m and "dvc checkout" in m for m in messages)
 
 
-def test_other_shards_than_the_manifests_are_refused(tmp_path: Path) -> None:
-    """Whole in themselves, but not those that the records are about: a stage that reads one picture says so."""
+def test_shards_that_differ_from_the_manifest_are_refused(tmp_path: Path) -> None:
+    """The shards are intact, but do not belong to the records: a stage that reads an image detects that."""
     raw = tmp_path / "raw"
     write_coco_folder(raw / "images", SCENES, 3, workers=2)
     sets = as_datasets(raw / "images").sets
@@ -201,9 +201,9 @@ def test_other_shards_than_the_manifests_are_refused(tmp_path: Path) -> None:
     for kept in (True, False):
         if not kept:
             (raw / "images" / INDEX).unlink()
-        with pytest.raises(DataError, match=r"-shards\.json: changed or gone since the raw stage .*dvc checkout"):
+        with pytest.raises(DataError, match=r"-shards\.json: changed or deleted since the raw stage .*dvc checkout"):
             fresh(read_record_rgb, raw, name)
-        with pytest.raises(DataError, match=r"coordexp-shards\.json: changed or gone since the raw stage"):
+        with pytest.raises(DataError, match=r"coordexp-shards\.json: changed or deleted since the raw stage"):
             fresh(convert_datasets, raw, records_config(), 17)
     write_coco_folder(raw / "images", SCENES, 4, workers=2)
     write_manifest(raw, sets, decode=False, workers=1)
@@ -213,14 +213,14 @@ def test_other_shards_than_the_manifests_are_refused(tmp_path: Path) -> None:
 
 
 def fresh(call, *arguments):
-    """As in a process of its own, which has read nothing yet."""
+    """As in a new process, which has read nothing yet."""
     image_roots.cache_clear()
     shards._members.cache_clear()
     return call(*arguments)
 
 
-def test_foreign_bytes_meet_the_same_reader(tmp_path: Path) -> None:
-    """Formats, bombs, cut files, orientations: a shard changes nothing about what is read and what is refused."""
+def test_images_in_shards_are_validated_like_files(tmp_path: Path) -> None:
+    """Formats, decompression bombs, truncated files, orientations: the rules are the same as for files."""
     exif = Image.Exif()
     exif[EXIF_ORIENTATION] = 6
     contents = {"text.jpg": b"no image", "empty.jpg": b""}

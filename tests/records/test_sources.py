@@ -1,4 +1,4 @@
-"""Every source format, in files laid out as its publisher does, down to records."""
+"""Every source format, from files in the layout of its publisher to records."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def reasons(result: RecordSet) -> list[str]:
 # LVIS -----------------------------------------------------------------------------------------------------------------
 
 
-def test_lvis_takes_the_path_from_the_url_and_keeps_the_federated_fields(tmp_path):
+def test_lvis_uses_the_path_in_the_url_and_keeps_the_federated_fields(tmp_path):
     lvis = {
         "images": [
             {
@@ -113,7 +113,7 @@ def write_instances(folder: Path, *more: dict[str, Any]) -> None:
     dump(folder / "instances.json", instances([REF_IMAGE], rows))
 
 
-def test_refcoco_as_a_list_of_refs(tmp_path):
+def test_refcoco_is_read_from_a_list_of_refs(tmp_path):
     write_instances(tmp_path / "refcoco")
     dump(tmp_path / "refcoco" / "refs(unc).json", REFS)
     result = convert(read("refcoco", tmp_path, "refcoco/refs(unc).json", "train2014"))
@@ -130,7 +130,7 @@ def test_a_ref_without_its_annotation_is_counted(tmp_path):
         read("refcoco", tmp_path, "refs.json", "train2014", "val")
 
 
-def test_refcoco_as_mdetr_writes_it(tmp_path):
+def test_refcoco_is_read_in_the_form_of_mdetr(tmp_path):
     image = REF_IMAGE | {"caption": "the lady", "dataset_name": "refcoco", "original_id": 581857, "tokens_negative": []}
     row = annotation(0, 581857, 1, [10, 20, 30, 40], tokens_positive=[[0, 8]])
     source = instances([image], [row]) | {"categories": [{"id": 1, "name": "object"}], "info": []}
@@ -138,7 +138,7 @@ def test_refcoco_as_mdetr_writes_it(tmp_path):
     assert shown(convert(read("refcoco", tmp_path, "finetune_refcoco_train.json", "train2014"))) == THE_LADY[:1]
 
 
-def test_a_phrase_goes_with_its_box(tmp_path):
+def test_a_phrase_is_dropped_with_its_box(tmp_path):
     write_instances(tmp_path, annotation(2, 581857, 1, [1, 1, 0, 5]), annotation(3, 581857, 1, []))
     dump(tmp_path / "refs.json", [REFS[0] | {"ann_id": i, "ref_id": i} for i in (1719310, 2, 3)])
     result = convert(read("refcoco", tmp_path, "refs.json", "train2014"))
@@ -146,14 +146,14 @@ def test_a_phrase_goes_with_its_box(tmp_path):
     assert reasons(result) == ["bbox_too_thin", "bbox_too_thin", "bbox_malformed", "bbox_malformed"]
 
 
-def test_a_record_without_an_object_is_no_question_about_one(tmp_path):
+def test_a_record_without_an_object_yields_no_phrase_prompt(tmp_path):
     objects = {"lost": [{"desc": "cat", "bbox_2d": [1, 1, 1.5, 9]}], "empty": [],
                "crowd": [{"desc": "cat", "bbox_2d": [1, 1, 9, 9], "metadata": {"iscrowd": "1"}}],
                "there": [{"desc": "cat", "bbox_2d": [1, 1, 9, 9]}]}  # fmt: skip
     lines = [{"images": [f"{n}.jpg"], "width": 100, "height": 80, "objects": o} for n, o in objects.items()]
     lines.append(
         lines[1] | {"images": ["absent.jpg"], "metadata": {"phrase": "a dog"}}
-    )  # asked, and known to be absent
+    )  # in the prompt, and known to be absent
     (tmp_path / "r.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     result = kept(read("jsonl", tmp_path, "r.jsonl", "."), prompt="phrase")
     assert [r.image for r in result.records] == ["there.jpg", "absent.jpg"]
@@ -162,7 +162,7 @@ def test_a_record_without_an_object_is_no_question_about_one(tmp_path):
 
 
 @pytest.mark.parametrize("number", [[], {}, None, "x", 1e400], ids=repr)
-def test_a_ref_to_something_that_is_no_id_is_counted(tmp_path, number):
+def test_a_ref_with_an_invalid_id_is_counted(tmp_path, number):
     write_instances(tmp_path)
     dump(tmp_path / "refs.json", [REFS[0], REFS[0] | {"ann_id": number}])
     result = convert(read("refcoco", tmp_path, "refs.json", "train2014"))
@@ -188,13 +188,13 @@ def test_a_ref_to_something_that_is_no_id_is_counted(tmp_path, number):
     ],
     ids=["corners", "width and height"],
 )
-def test_refcoco_as_parquet(tmp_path, columns):
+def test_refcoco_is_read_from_parquet(tmp_path, columns):
     pq.write_table(pa.table(columns), tmp_path / "train.parquet")
     assert shown(convert(read("refcoco", tmp_path, "train.parquet", "train2014"))) == THE_LADY
 
 
 @pytest.mark.parametrize("name", ["refs(unc).p", "refs(google).pkl"])
-def test_pickles_are_refused_by_name(tmp_path, name):
+def test_pickles_are_refused_by_their_suffix(tmp_path, name):
     (tmp_path / name).write_bytes(b"cos\nsystem\n(S'true'\ntR.")
     with pytest.raises(DataError, match=r"pickles are not read.*parquet"):
         read("refcoco", tmp_path, name, "train2014")
@@ -273,7 +273,7 @@ def test_yolo(tmp_path):
 
 
 def write_yolo(root: Path, more: str = "", **labels: str | bytes) -> None:
-    """Pictures without content and their label files below `train`; keys that begin with `_` have no picture."""
+    """Empty images and their label files below `train`; keys that start with `_` have no image."""
     for name, text in labels.items():
         for folder in ("images", "labels"):
             (root / folder / "train").mkdir(parents=True, exist_ok=True)
@@ -286,15 +286,15 @@ def write_yolo(root: Path, more: str = "", **labels: str | bytes) -> None:
 BOX = "0 0.5 0.5 0.2 0.25"
 
 
-def test_a_byte_order_mark_costs_no_object(tmp_path):
+def test_a_byte_order_mark_loses_no_object(tmp_path):
     write_yolo(tmp_path, a=f"{BOX}\n0 0.1 0.1 0.1 0.1\n".encode("utf-8-sig"))
     result = convert(read("yolo", tmp_path, "data.yaml", "images/train"))
     assert ([len(r.objects) for r in result.records], result.problems) == ([2], [])
 
 
-def test_labels_that_belong_to_no_image_are_counted(tmp_path):
+def test_labels_without_an_image_are_counted(tmp_path):
     write_yolo(tmp_path, a=BOX, _gone=f"{BOX}\n{BOX}\n", _empty="", _classes="cat\n", _binary=b"\xff\xfe\x00")
-    (tmp_path / "images" / "train" / "a.txt").write_text(BOX)  # beside the image, where nothing reads it
+    (tmp_path / "images" / "train" / "a.txt").write_text(BOX)  # next to the image, where it is not read
     result = convert(read("yolo", tmp_path, "data.yaml", "images/train"))
     assert [(p.reason, Path(p.file).relative_to(tmp_path).as_posix(), p.detail[:9]) for p in result.problems] == [
         ("label_unused", "images/train/a.txt", "1 objects"),
@@ -315,7 +315,7 @@ def test_images_in_linked_folders_are_found(tmp_path):
     assert result.problems == []
 
 
-def test_key_points_behind_a_box_are_no_polygon(tmp_path):
+def test_keypoints_after_a_box_are_not_a_polygon(tmp_path):
     points = " 0.9 0.9 0.95 0.95 0 0 0.92 0.9"
     write_yolo(tmp_path, "kpt_shape: [4, 2]\n", a=BOX + points, b=BOX, c=BOX + " 0.9 0.9")
     result = convert(read("yolo", tmp_path, "data.yaml", "images/train"))
@@ -327,7 +327,7 @@ def test_key_points_behind_a_box_are_no_polygon(tmp_path):
         read("yolo", tmp_path, "data.yaml", "images/train")
 
 
-def test_a_polygon_that_begins_with_a_box_of_its_points_is_refused(tmp_path):
+def test_a_polygon_that_starts_with_a_box_around_its_points_is_refused(tmp_path):
     pose = BOX + " 0.41 0.39 0.59 0.4 0 0 0.42 0.61 0.58 0.6"
     star = "0 0.5 0.5 0.6 0.7 0.3 0.6 0.7 0.4 0.3 0.3"
     circle = "0 " + " ".join(f"{0.5 + 0.3 * math.cos(a)} {0.5 + 0.3 * math.sin(a)}" for a in range(1, 7))
@@ -340,13 +340,13 @@ def test_a_polygon_that_begins_with_a_box_of_its_points_is_refused(tmp_path):
     assert len(result.records) == 2
 
 
-def test_yolo_labels_lie_beside_the_last_folder_named_images():
+def test_yolo_labels_replace_the_last_folder_named_images():
     assert label_path("images/images/train/a.b.jpg") == "images/labels/train/a.b.txt"
     assert label_path("train/a.png") == "train/a.txt"
 
 
 @pytest.mark.parametrize("names", ["names: 3", "nc: 2", "names: {a: cat}"])
-def test_yolo_without_names(tmp_path, names):
+def test_yolo_without_names_is_an_error(tmp_path, names):
     (tmp_path / "data.yaml").write_text(f"{names}\n")
     with pytest.raises(DataError, match="expected a list of names"):
         read("yolo", tmp_path, "data.yaml", ".")
@@ -405,7 +405,7 @@ def test_voc_files_that_cannot_be_read_are_counted(tmp_path):
     ]  # fmt: skip
 
 
-def test_voc_names_may_hold_spaces(tmp_path):
+def test_voc_names_may_contain_spaces(tmp_path):
     for stem in ("my photo 1", "my photo", "flag 1"):
         write_voc(tmp_path, stem, {})
     listing = "my photo 1\r\nmy photo -1\nflag 1 1\ngone 1\ngone as well\n"
@@ -420,7 +420,7 @@ def test_voc_names_may_hold_spaces(tmp_path):
 # JSONL ----------------------------------------------------------------------------------------------------------------
 
 
-def test_jsonl_keeps_good_lines_and_counts_the_others(tmp_path):
+def test_jsonl_keeps_valid_lines_and_counts_the_others(tmp_path):
     good = {"images": ["a.jpg"], "width": 100, "height": 80, "metadata": {"image_id": 4, "site": "x"}}
     poly = {"desc": "leaf", "poly": [1, 1, 9, 1, 9, 9]}
     tokens = {"desc": "cup", "bbox_2d": [f"<|coord_{k}|>" for k in (100, 200, 300, 400)]}
@@ -457,7 +457,7 @@ def test_jsonl_keeps_good_lines_and_counts_the_others(tmp_path):
     ],
     ids=repr,
 )
-def test_metadata_of_another_kind_costs_its_line_and_no_other(tmp_path, metadata):
+def test_invalid_metadata_drops_only_its_line(tmp_path, metadata):
     good = {"images": ["a.jpg"], "width": 100, "height": 80, "objects": []}
     lines = [good | {"metadata": metadata}, good | {"images": ["b.jpg"]}]
     (tmp_path / "r.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
@@ -469,7 +469,7 @@ def test_metadata_of_another_kind_costs_its_line_and_no_other(tmp_path, metadata
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be", "utf-32"])
 @pytest.mark.parametrize("fmt", ["jsonl", "conversations"])
-def test_lines_may_be_in_any_encoding_of_unicode(tmp_path, fmt, encoding):
+def test_lines_may_be_in_any_unicode_encoding(tmp_path, fmt, encoding):
     write_photos(fmt, tmp_path, {"train": 4}, size=(100, 80))
     (file,) = tmp_path.glob("*.jsonl")
     expected = convert(read(fmt, tmp_path, file.name, "pictures")).records
@@ -480,7 +480,7 @@ def test_lines_may_be_in_any_encoding_of_unicode(tmp_path, fmt, encoding):
 
 
 @pytest.mark.parametrize("line", ['{"a": NaN}', '{"a": 1, "a": 2}', '{"a": "\\ud800"}', '{"a": 1e999}'])
-def test_a_line_that_could_not_be_read_again_is_counted(tmp_path, line):
+def test_a_line_that_cannot_be_decoded_is_counted(tmp_path, line):
     row = json.dumps({"images": ["a.jpg"], "width": 100, "height": 80, "objects": [], "metadata": {}})
     (tmp_path / "r.jsonl").write_text(f"{row}\n{row.replace('{}', line)}\n")
     result = convert(read("jsonl", tmp_path, "r.jsonl", "."))
@@ -505,7 +505,7 @@ def said(tmp_path, answer, **more):
         ("<ref-object><bbox>", {"objects": {"ref": [], "bbox": []}}),
     ],
 )
-def test_an_answer_may_say_that_nothing_is_there(tmp_path, answer, more):
+def test_an_answer_may_state_that_no_object_is_there(tmp_path, answer, more):
     result = said(tmp_path, answer, **more)
     assert ([r.objects for r in result.records], result.problems) == ([()], [])
 
@@ -513,13 +513,13 @@ def test_an_answer_may_say_that_nothing_is_there(tmp_path, answer, more):
 @pytest.mark.parametrize(
     "answer", ["A cat on a mat.", '[{"point_2d": [1, 2], "label": "cat"}]', "Norway", "cat: 1 2 3 4"]
 )
-def test_an_answer_without_a_box_does_not_say_that_nothing_is_there(tmp_path, answer):
+def test_a_text_answer_without_boxes_does_not_mean_that_no_object_is_there(tmp_path, answer):
     result = said(tmp_path, answer)
     assert (len(result.records), reasons(result)) == (0, ["record_invalid"])
 
 
 @pytest.mark.parametrize("answer", [f'[{CAT}, {{"bbox_2d": [1, 2', f"[{CAT}, {CAT[:-1]}, 3}}]"])
-def test_a_picture_whose_answer_is_cut_is_not_used(tmp_path, answer):
+def test_an_image_with_a_truncated_answer_is_dropped(tmp_path, answer):
     assert reasons(said(tmp_path, answer)) == ["desc_missing", "record_incomplete"]
     assert reasons(said(tmp_path, f"[{CAT}, {CAT.replace('1', '2')}]")) == []
 
@@ -528,14 +528,14 @@ def test_a_picture_whose_answer_is_cut_is_not_used(tmp_path, answer):
 
 
 @pytest.mark.parametrize("fmt", READERS)
-def test_a_missing_file_is_named(tmp_path, fmt):
+def test_a_missing_file_is_an_error_with_its_name(tmp_path, fmt):
     with pytest.raises(DataError, match=r"nowhere\.json: not found"):
         read(fmt, tmp_path, "nowhere.json", ".")
 
 
 @pytest.mark.parametrize("fmt", ["coco", "lvis", "objects365", "refcoco", "visual_genome"])
 @pytest.mark.parametrize("content", [b"", b"{", b"7", b"\xff\xfe", b"[" * 100_000, b'{"images": 3}'])
-def test_a_file_of_another_kind_is_named(tmp_path, fmt, content):
+def test_a_file_of_another_format_is_an_error_with_its_name(tmp_path, fmt, content):
     (tmp_path / "a.json").write_bytes(content)
     with pytest.raises(DataError, match=r"a\.json"):
         read(fmt, tmp_path, "a.json", ".")

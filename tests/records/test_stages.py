@@ -1,4 +1,4 @@
-"""A COCO folder of the user through the data stages, as processes would run them, up to pixels for the model."""
+"""A COCO folder of the user through all data stages, up to the pixels for the model."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def out(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Path:
     write_split(root / "more", "train2017", 1, 8, [annotation(5000, 3, 4, [1, 1, 60, 40], iscrowd=1)])
     edit(root / "more", "train2017", categories=lambda old: [*old, {"id": 9, "name": "<|im_end|>"}])
     for path in (root / "more" / "train2017").iterdir():
-        path.write_bytes(path.read_bytes() + b"\0")  # other files, for the sake of the content hashes
+        path.write_bytes(path.read_bytes() + b"\0")  # different files, so that the content hashes differ
     write_profile(repository, root)
     for stage in (raw, convert, norm1000, pack):
         assert stage_main(stage.run, ["--params", str(root / "params.yaml"), "--out", str(root)]) == 0
@@ -57,7 +57,7 @@ def write_sets(repository: Path, root: Path, sets: dict[str, Any]) -> None:
     YAML().dump(params, root / "params.yaml")
 
 
-def test_samples_name_only_what_was_asked_and_images_are_read_where_they_lie(out: Path) -> None:
+def test_samples_have_only_prompted_names_and_images_are_read_in_place(out: Path) -> None:
     store = SampleStore(out / "data" / "mine" / "norm1000" / "train.parquet")
     records = [
         json.loads(line) for line in (out / "data" / "mine" / "records" / "train.jsonl").read_text().splitlines()
@@ -85,7 +85,7 @@ def test_samples_name_only_what_was_asked_and_images_are_read_where_they_lie(out
     assert {Path(store[i].image).parts[0] for i in (0, len(store) - 1)} == {"coco", "more"}
 
 
-def test_losses_are_on_file(out: Path) -> None:
+def test_dropped_annotations_are_written_to_files(out: Path) -> None:
     records = out / "data" / "mine" / "records"
     assert json.loads((records / "drops.json").read_text()) == {"train": {}, "val": {}}
     assert (records / "dropped.jsonl").read_text() == ""
@@ -98,7 +98,7 @@ def test_losses_are_on_file(out: Path) -> None:
 def test_a_label_file_that_is_edited_is_converted_again(
     fmt: str, tmp_path: Path, repository: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Labels beside pictures: convert refuses what raw has not seen, and raw tells convert that it is another input."""
+    """Labels next to images: convert refuses files that raw has not seen; after raw, convert runs again."""
     write_photos(fmt, tmp_path / "set", {"train": 9, "val": 3})
     write_sets(repository, tmp_path, {"mine": dataset(fmt, tmp_path / "set").model_dump(exclude_defaults=True)})
 
@@ -117,7 +117,7 @@ def test_a_label_file_that_is_edited_is_converted_again(
     old, new = {"yolo": ("\n2 ", "\n0 "), "voc": ("cat", "person"), "labelme": ("cat", "person")}[fmt]
     label.write_text(f"\n{label.read_text()}".replace(old, new).removeprefix("\n"))
     assert run(convert) == 2
-    assert "changed since the raw stage looked at set 'mine'; run it again" in capfd.readouterr().err
+    assert "changed since the raw stage inspected set 'mine'; run it again" in capfd.readouterr().err
     assert (run(raw), run(convert)) == (0, 0)
     assert manifest.read_bytes() != first
     assert descs() == before - Counter({"cat": 1}) + Counter({"person": 1})

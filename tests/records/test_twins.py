@@ -1,4 +1,4 @@
-"""One picture under two ids, two names or in two sets: one record, or a stop."""
+"""An image with two ids, two names or in two sets becomes one record, or stops the conversion."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LEFT, RIGHT = [2, 3, 20, 25], [40, 3, 20, 25]
 
 
 def two_sets(tmp_path: Path, ours: list[dict[str, Any]], theirs: list[dict[str, Any]], one_set: bool) -> dict[str, Any]:
-    """Val picture 500 with `ours`, and the same content as 700, in the same set or another, with `theirs`."""
+    """Val image 500 with `ours`, and the same content as 700, in the same set or another, with `theirs`."""
     first, second = tmp_path / "first", tmp_path / ("first" if one_set else "second")
     for root in {first, second}:
         write_split(root, "train2017", 100 if root == first else 300, 6)
@@ -36,7 +36,7 @@ def found(result: Converted) -> list[list[tuple[str, bool]]]:
 
 
 def convert(tmp_path: Path, sets: dict[str, Any], **config: Any) -> Converted:
-    """The conversion, which stops where doctor says so, and nowhere else."""
+    """The conversion, which must stop exactly if doctor reports it."""
     config = {"same_picture": "merge"} | config
     examined = examine(sets, records_config(**config), decode=False, workers=2)
     try:
@@ -60,7 +60,7 @@ AGREEING = {
 
 @pytest.mark.parametrize("one_set", [True, False], ids=["one set", "two sets"])
 @pytest.mark.parametrize("case", AGREEING)
-def test_what_agrees_is_one_record(tmp_path, case, one_set):
+def test_compatible_records_are_joined(tmp_path, case, one_set):
     sets = two_sets(tmp_path, *(list(rows) for rows in AGREEING[case]), one_set)
     result = convert(tmp_path, sets)
     assert found(result) == [[("person", False), ("cat", False)]]
@@ -77,7 +77,7 @@ CONTRADICTING = {
 
 @pytest.mark.parametrize("one_set", [True, False], ids=["one set", "two sets"])
 @pytest.mark.parametrize("case", CONTRADICTING)
-def test_what_contradicts_itself_stops(tmp_path, case, one_set):
+def test_contradicting_records_stop_the_conversion(tmp_path, case, one_set):
     ours, theirs, words = CONTRADICTING[case]
     sets = two_sets(tmp_path, list(ours), list(theirs), one_set)
     with pytest.raises(DataError, match=f"{TWIN}.*has the content of .*{PICTURE}.*{words}"):

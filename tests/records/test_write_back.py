@@ -1,4 +1,4 @@
-"""Records written for other programs say the same when they are read back."""
+"""Records written for other programs are equal when they are read back."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def objects(records: list[Record]) -> list[tuple[str, list[tuple[str, tuple[floa
 
 @pytest.mark.parametrize("fmt", FORMATS)
 @pytest.mark.parametrize("to", ["coco", "yolo"])
-def test_every_format_can_become_another(fmt, to, tmp_path):
+def test_every_format_can_be_converted_to_another(fmt, to, tmp_path):
     root, out = tmp_path / "set", tmp_path / ("out.json" if to == "coco" else "out")
     write_photos(fmt, root, {"train": 4, "val": 3})
     images, annotations = LAYOUTS[fmt]

@@ -1,4 +1,4 @@
-"""Answer codecs: text equals tokens, who gets which loss, data never becomes markup, and the way back."""
+"""Answer codecs: text equals tokens, roles decide losses, data never become markup, and parsing inverts them."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_decoding_the_ids_gives_the_rendered_text(name, objects):
 @pytest.mark.parametrize("name", CODECS)
 @few
 @given(objects=answers)
-def test_the_parser_gives_the_objects_back(name, objects):
+def test_the_parser_recovers_the_objects(name, objects):
     answer = parse_answer(ENCODERS[name].encode(objects).ids, TABLE, name)
     assert [TextObject(o.desc, o.bins) for o in answer.objects] == objects
     assert answer.report.ok
@@ -90,7 +90,7 @@ def test_the_parser_gives_the_objects_back(name, objects):
 @pytest.mark.parametrize("name", ["json", "tags"])
 @few
 @given(objects=answers)
-def test_coordinates_are_exactly_the_tokens_with_their_role(name, objects):
+def test_exactly_the_coordinate_tokens_have_the_coordinate_role(name, objects):
     encoded = ENCODERS[name].encode(objects)
     bins = [COORD.bin_of(int(i)) for i in encoded.ids]
     is_coord = encoded.roles == Role.COORD
@@ -101,7 +101,7 @@ def test_coordinates_are_exactly_the_tokens_with_their_role(name, objects):
 @pytest.mark.parametrize("name", CODECS)
 @few
 @given(objects=answers)
-def test_a_desc_never_holds_a_special_token(name, objects):
+def test_a_desc_never_contains_a_special_token(name, objects):
     encoded = ENCODERS[name].encode(objects)
     in_desc = set(encoded.ids[encoded.roles == Role.DESC].tolist())
     assert not in_desc & set(TOKENIZER.all_special_ids)
@@ -111,7 +111,7 @@ def test_a_desc_never_holds_a_special_token(name, objects):
 @pytest.mark.parametrize("name", CODECS)
 @few
 @given(objects=answers)
-def test_every_token_of_an_object_knows_it(name, objects):
+def test_every_token_of_an_object_has_its_index(name, objects):
     encoded = ENCODERS[name].encode(objects)
     belongs = np.isin(encoded.roles, (Role.STRUCT, Role.DESC, Role.COORD, Role.NUMBER))
     assert (encoded.object_index[~belongs] == -1).all()
@@ -120,7 +120,7 @@ def test_every_token_of_an_object_knows_it(name, objects):
 
 
 def printed(name: str, objects: list[TextObject]) -> list[str]:
-    """One line a token: role, object, text."""
+    """One line per token: role, object, text."""
     encoded = ENCODERS[name].encode(objects)
     rows = zip(encoded.roles, encoded.object_index, encoded.ids, strict=True)
     return [f"{Role(int(r)).name} {o} {TOKENIZER.decode([int(i)])}" for r, o, i in rows]
@@ -128,10 +128,10 @@ def printed(name: str, objects: list[TextObject]) -> list[str]:
 
 @pytest.mark.parametrize("name", CODECS)
 @given(objects=answers)
-def test_whole_objects_from_memory_equal_segments_one_by_one(name, objects):
+def test_cached_objects_equal_segments_encoded_one_by_one(name, objects):
     encoder = ENCODERS[name]
     expected = encoder.encode_segments(encoder.codec.segments(objects))
-    for _ in range(2):  # the first may fill the memory, the second reads it
+    for _ in range(2):  # the first call may fill the cache, the second reads it
         found = encoder.encode(objects)
         for field in ("ids", "roles", "object_index"):
             np.testing.assert_array_equal(getattr(found, field), getattr(expected, field), strict=True)
@@ -197,19 +197,19 @@ def test_roles_of_each_token_digits():
 @pytest.mark.parametrize("name", CODECS)
 @pytest.mark.parametrize("objects", [[], [CAT], [CAT, DOG]], ids=["none", "one", "two"])
 def test_the_decision_to_stop_is_one_token(name, objects):
-    """Where an answer stops, a longer one differs by a single token, and that token has another role."""
+    """An answer and a longer one first differ in a single token, which has another role."""
     stops = ENCODERS[name].encode(objects)
     goes_on = ENCODERS[name].encode([*objects, TextObject("red mug", (1, 2, 3, 4))])
     at = int(np.flatnonzero(stops.ids[: len(goes_on.ids)] != goes_on.ids[: len(stops.ids)])[0])
     assert stops.roles[at] == Role.CLOSE
     assert goes_on.roles[at] == Role.STRUCT
     assert (stops.roles[:at] != Role.CLOSE).all()
-    # Once the decision is made, no further one is left: what follows is the same in every answer of this length.
+    # After this decision there is no other: the rest is the same in every answer of this length.
     assert (stops.roles[at:] == Role.CLOSE).all()
     assert len(stops.ids) - at == (1 if name == "tags" else 2)
 
 
-def test_without_objects():
+def test_an_answer_without_objects():
     assert printed("json", []) == ['CLOSE -1 {"objects": []}', "CLOSE -1 <|im_end|>"]
     assert printed("tags", []) == ["CLOSE -1 <|im_end|>"]
 

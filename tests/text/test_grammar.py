@@ -1,4 +1,4 @@
-"""The grammar: whatever a walk allows parses, keeps its corners and its budget, and repeats no box."""
+"""The grammar: every allowed answer parses, has ordered corners, fits the budget, and repeats no box."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def new_grammar(codec: str, names: tuple[str, ...] | None = None, **changes: Any) -> AnswerGrammar:
-    """A grammar over the tiny tokenizer: corners in order and 80 tokens, but for changes to the block `decode`."""
+    """A grammar over the tiny tokenizer with ordered corners and 80 tokens, with changes to the block `decode`."""
     wanted = {"grammar": "any" if names is None else "closed", "corners": "valid", "max_new_tokens": 80}
     return AnswerGrammar(tokenizer(), codec, changed(PARAMS.decode, **wanted | changes), names or ())
 
@@ -79,7 +79,7 @@ def test_training_answers_are_allowed_token_by_token(codec: str) -> None:
 
 
 @pytest.mark.parametrize("codec", CODECS)
-def test_a_closed_list_yields_only_its_names(codec: str) -> None:
+def test_a_closed_list_allows_only_its_names(codec: str) -> None:
     names = ("cat", "cat face", "red mug")
     grammar, rng = new_grammar(codec, names, max_new_tokens=120), np.random.default_rng(1)
     answers = [parsed(sample(grammar, rng), codec) for _ in range(60)]
@@ -89,7 +89,7 @@ def test_a_closed_list_yields_only_its_names(codec: str) -> None:
 
 @pytest.mark.parametrize("codec", ["json", "tags"])
 def test_the_duplicate_guard_bounds_the_overlap_of_equal_names(codec: str) -> None:
-    # One name, and corners that a random walk chooses from the top left: overlaps would be common without the guard.
+    # One name, and corners that a random walk chooses near the top left: without the guard, overlaps would be common.
     worst = {}
     for limit in (0.3, 1.0):
         grammar = new_grammar(codec, ("cat",), duplicate_iou=limit, max_new_tokens=400)
@@ -102,7 +102,7 @@ def test_the_duplicate_guard_bounds_the_overlap_of_equal_names(codec: str) -> No
     assert worst[0.3] <= 0.3 < worst[1.0]
 
 
-def test_the_duplicate_guard_leaves_other_names_alone_and_never_blocks() -> None:
+def test_the_duplicate_guard_ignores_other_names_and_never_blocks() -> None:
     encoder = AnswerEncoder(tokenizer(), get_codec("json"))
     grammar = new_grammar("json", duplicate_iou=0.5, max_new_tokens=200)
 
@@ -118,7 +118,7 @@ def test_the_duplicate_guard_leaves_other_names_alone_and_never_blocks() -> None
     assert y2_choices("dog").tolist() == y2_choices("Cat ").tolist() == [grammar.values[999][0]]
 
 
-def test_without_corner_constraint_boxes_may_turn_over() -> None:
+def test_without_the_corner_constraint_boxes_may_be_inverted() -> None:
     grammar = new_grammar("json", ("cat",), corners="any", max_new_tokens=100)
     rng = np.random.default_rng(3)
     dropped = [parsed(sample(grammar, rng), "json").report.dropped for _ in range(20)]
@@ -135,16 +135,16 @@ def test_an_empty_closed_list_is_refused() -> None:
         new_grammar("json", names=())
 
 
-def test_utf8_tail_is_the_unfinished_character() -> None:
+def test_utf8_tail_is_the_incomplete_character() -> None:
     assert utf8_tail("aé".encode()) == b""
     assert utf8_tail("a€".encode()[:-1]) == "€".encode()[:2]
-    assert utf8_tail(b"\xed\xa0") is None  # a surrogate is no text
+    assert utf8_tail(b"\xed\xa0") is None  # a surrogate is not text
     assert utf8_tail(b"\xff") is None
 
 
-def test_the_grammar_in_lark_names_every_coordinate_and_no_unsafe_text() -> None:
+def test_the_lark_grammar_has_every_coordinate_and_no_unsafe_text() -> None:
     grammar = new_grammar("json")
     text = grammar.to_lark()
     first = grammar.values[0][0]
     assert f"<[{first}-{first + 999}]>" in text
-    assert f"<[{grammar.end_id}]>" not in text  # servers add it themselves
+    assert f"<[{grammar.end_id}]>" not in text  # servers add it

@@ -1,4 +1,4 @@
-"""The distance of two names: by words by hand, by meaning with the real encoder, in matching and in its curriculum."""
+"""Distance of descriptions: by words (hand-computed), by meaning (real encoder), in matching and its curriculum."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_distances_by_hand(a, b, expected):
     assert name_distance([b], [a], "lexical").tolist() == [[expected]]
 
 
-def test_every_pair_and_empty_sides():
+def test_distances_have_one_entry_per_pair_also_for_empty_sides():
     np.testing.assert_array_equal(
         name_distance(["cat", "dog"], ["dog", "cat", "cup"], "lexical"), [[1, 0, 1], [0, 1, 1]]
     )
@@ -42,7 +42,7 @@ def test_every_pair_and_empty_sides():
     assert name_distance(["cat"], [], "encoder").shape == (1, 0)
 
 
-def test_vectors_are_kept_on_disk_by_the_hash_of_the_weights(tmp_path, monkeypatch):
+def test_vectors_are_cached_on_disk_by_the_hash_of_the_weights(tmp_path, monkeypatch):
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "model.safetensors").write_bytes(b"weights")
@@ -69,7 +69,7 @@ SYNONYMS = {
 
 
 @installed
-def test_the_encoder_knows_synonyms_that_share_no_word(tmp_path: Path, monkeypatch):
+def test_the_encoder_recognizes_synonyms_without_common_words(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(minilm(), "cache_folder", tmp_path)
     names, words = [*SYNONYMS.values(), "dining table", "handbag"], [*SYNONYMS]
     distances = name_distance(words, names, "encoder")
@@ -79,7 +79,7 @@ def test_the_encoder_knows_synonyms_that_share_no_word(tmp_path: Path, monkeypat
 
 
 @installed
-def test_synonyms_decide_between_boxes_that_are_alike_from_the_step_on_that_the_curriculum_says(tmp_path, monkeypatch):
+def test_synonyms_decide_between_equal_boxes_from_the_step_of_the_curriculum_on(tmp_path, monkeypatch):
     monkeypatch.setattr(minilm(), "cache_folder", tmp_path)
     box = [0.2, 0.2, 0.6, 0.6]
     matching = changed(PARAMS.matching, lambda_sem=0.5, semantic="encoder")

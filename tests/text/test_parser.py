@@ -20,7 +20,7 @@ from coordexp.text.parser import DROP_REASONS, ParsedAnswer, parse_answer
 from coordexp.text.symbols import FIRST_COORD, MARKERS, OTHER, RESERVED_SYMBOL, TokenTable
 
 CODECS = ("json", "digits", "tags")
-# Pieces fused across the borders of objects and descriptions, as byte-level BPE fuses them.
+# Pieces merged across the boundaries of objects and descriptions, as in byte-level BPE.
 SCAFFOLD = ('{"objects": [{"desc": "', '", "bbox_2d": ["', '"]}, {"desc": "', '"]}]}', '", "', "]}, {")
 FUSED = (*SCAFFOLD, "black cat", ' "', "12")
 SPECIAL = {**MARKERS, "<|image_pad|>": OTHER} | {token: chr(FIRST_COORD + k) for k, token in enumerate(COORD_TOKENS)}
@@ -36,7 +36,7 @@ DOG = TextObject("yellow dog", (520, 285, 890, 660))
 
 
 def encode(text: str) -> list[int]:
-    """Tokenise with special tokens and fused pieces, and bytes for the rest."""
+    """Tokenize with special tokens and merged pieces, and bytes for the rest."""
     return [i for piece in LONGEST_FIRST.findall(text) for i in ([ID_OF[piece]] if piece in ID_OF else piece.encode())]
 
 
@@ -65,7 +65,7 @@ def decode(ids: list[int]) -> str:
 
 
 def check_answer(ids: list[int], answer: ParsedAnswer, codec: str) -> None:
-    """What must hold for the parse of any ids whatever."""
+    """Check invariants that hold for any ids."""
     report = answer.report
     assert report.n_valid == len(answer.objects)
     assert set(report.dropped) <= set(DROP_REASONS)
@@ -86,7 +86,7 @@ def check_answer(ids: list[int], answer: ParsedAnswer, codec: str) -> None:
         if codec != "digits":
             assert [ids[t] - FIRST_COORD_ID for t in obj.coord_positions] == list(obj.bins)
             assert sum(FIRST_COORD_ID <= i < FIRST_COORD_ID + NUM_BINS for i in ids[start:end]) == 4
-        last = end - 1  # the border token may be shared
+        last = end - 1  # the boundary token may be shared
 
 
 # Round trips
@@ -133,7 +133,7 @@ def test_token_indices_by_hand():
 
 
 @pytest.mark.parametrize("codec", ["json", "digits"])
-def test_json_freedom_that_is_not_repair(codec):
+def test_valid_json_variants_are_accepted(codec):
     bins = box_text(codec, [1, 2, 3, 4])
     element = f'{{"bbox_2d" :[ {bins} ] ,\t"d\\u0065sc": "\\u00e9\\n7 8"}}'
     text = f'Sure!\n{{ "objects"\n: [ {element} ] }} and more {{"objects": ['
@@ -149,7 +149,7 @@ def test_everything_after_the_end_token_is_ignored():
     assert as_text_objects(parse_text("tags", text)) == [CAT]
 
 
-def test_plain_numbers_run_to_1000():
+def test_plain_numbers_range_up_to_1000():
     text = '{"objects": [{"desc": "cat", "bbox_2d": [0, 0, 1000, 1000]}]}'
     assert parse_text("digits", text).objects[0].bins == (0, 0, 1000, 1000)
 
@@ -237,7 +237,7 @@ TAG_DROPS = [
 
 
 def between(codec: str, broken: str) -> str:
-    """The broken object between two good ones."""
+    """The invalid object between two valid ones."""
     cat, dog = (render(get_codec(codec), [obj]) for obj in (CAT, DOG))
     if codec == "tags":
         return cat + broken + dog
@@ -253,7 +253,7 @@ SHORT_DROPS = [drop for drop in DROPS if len(drop[2]) < 1_000]
 
 
 @pytest.mark.parametrize(("codec", "reason", "broken"), DROPS, ids=[f"{c}-{r}" for c, r, _ in DROPS])
-def test_a_bad_object_is_dropped_for_one_reason_and_costs_only_itself(codec, reason, broken):
+def test_an_invalid_object_is_dropped_for_one_reason_and_alone(codec, reason, broken):
     answer = parse_text(codec, between(codec, broken))
     assert answer.report.dropped == {reason: 1}
     assert as_text_objects(answer) == [CAT, DOG]
@@ -280,7 +280,7 @@ def test_the_cases_above_cover_every_reason():
         ('], "n": 1}', 0, True),
     ],
 )
-def test_broken_punctuation_ends_the_walk(codec, tail, dropped, truncated):
+def test_broken_punctuation_ends_parsing(codec, tail, dropped, truncated):
     answer = parse_text(codec, render(get_codec(codec), [CAT])[:-2] + tail)
     assert as_text_objects(answer) == [CAT]
     assert answer.report.dropped == ({"malformed": dropped} if dropped else {})
@@ -320,7 +320,7 @@ def random_object(rng: random.Random) -> TextObject:
 
 
 def random_answer(rng: random.Random, codec: str) -> list[int]:
-    """A canonical answer, or one that holds a bad object already."""
+    """A canonical answer, or one with an invalid object."""
     if rng.random() < 0.3:
         return encode(between(codec, rng.choice([text for name, _, text in SHORT_DROPS if name == codec])))
     return answer_ids(codec, [random_object(rng) for _ in range(rng.randrange(5))])
@@ -362,7 +362,7 @@ def mutate(rng: random.Random, ids: list[int]) -> list[int]:
 
 
 def run_mutations(n_answers: int, seed: int) -> dict[str, int]:
-    """Parse mutated answers of all codecs with all parsers; returns how often each outcome was seen."""
+    """Parse mutated answers of all codecs with all parsers; returns the count of each outcome."""
     rng = random.Random(seed)
     seen = dict.fromkeys([*DROP_REASONS, "valid", "truncated"], 0)
     for _ in range(n_answers):
@@ -385,7 +385,7 @@ def test_mutated_answers():
     assert min(seen.values()) > 0, seen
 
 
-def test_whole_objects_at_once_or_piece_by_piece_is_the_same(monkeypatch):
+def test_fast_and_general_path_give_the_same_result(monkeypatch):
     rng = random.Random(19)
     drawn = [rng.choice(CODECS) for _ in range(3_000)]
     answers = [(codec, random_answer(rng, codec) if rng.random() < 0.2 else mutate(rng, random_answer(rng, codec)))
@@ -410,7 +410,7 @@ odd_tokens = [*encode('{}[],:"\\ e19'), *range(256, FIRST_COORD_ID + 3), 0xE2, 0
 @pytest.mark.parametrize("codec", CODECS)
 @settings(max_examples=200, deadline=None)
 @given(soup=st.lists(st.sampled_from(odd_tokens)), n_kept=st.integers(0, 80))
-def test_any_tokens_at_all(codec, soup, n_kept):
+def test_arbitrary_tokens_never_raise(codec, soup, n_kept):
     ids = answer_ids(codec, [CAT, DOG])[:n_kept] + soup
     check_answer(ids, parse_answer(ids, TABLE, codec), codec)
 

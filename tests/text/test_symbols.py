@@ -1,4 +1,4 @@
-"""Token ids to symbols: against the tokenizer's own decoding, and the map from characters to tokens."""
+"""From token ids to symbols: compared with the tokenizer's decoding, and the map from characters to tokens."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def id_of(token: str) -> int:
 
 @settings(deadline=None)
 @given(st.text(st.characters(exclude_categories=["Cs", "Co"]), max_size=40))
-def test_text_comes_back_exactly(text):
-    """Also text that spells a special token, as a description may."""
+def test_text_is_recovered_exactly(text):
+    """This includes text that spells a special token, as a description may do."""
     symbols = TABLE.symbols(TOKENIZER.encode(text, add_special_tokens=False, split_special_tokens=True))
     assert symbols.text == text
     assert len(symbols.token_of) == len(symbols.text)
@@ -79,7 +79,7 @@ def test_spelled_coordinates_stay_text():
     assert TABLE.symbols(ids).text == "<|coord_5|>"
 
 
-def test_private_use_characters_in_text_cannot_pose_as_tokens():
+def test_private_use_characters_in_text_cannot_imitate_tokens():
     ids = encode("a\ue005b\uf8ffc")
     assert TABLE.symbols(ids).text == f"a{REPLACEMENT}b{REPLACEMENT}c"
 
@@ -89,12 +89,12 @@ def test_unknown_ids_become_a_reserved_character(unknown):
     assert TABLE.symbols([*encode("a"), unknown, *encode("b")]).text == f"a{OTHER}b"
 
 
-def test_without_coordinate_tokens_they_are_special_tokens_like_others():
+def test_without_a_coordinate_vocabulary_they_are_ordinary_special_tokens():
     table = TokenTable.from_tokenizer(TOKENIZER, None)
     assert table.symbols([COORD.first_id + 7]).text == OTHER
 
 
-def test_nothing_generated():
+def test_an_empty_answer_has_no_symbols():
     symbols = TABLE.symbols([])
     assert symbols.text == ""
     assert symbols.token_of == []
@@ -125,7 +125,7 @@ def test_a_character_belongs_to_the_token_of_its_first_byte():
     assert symbols.token_span(1, 3) == (1, 4)
 
 
-def test_a_cut_character_is_one_replacement():
+def test_an_incomplete_character_is_one_replacement():
     table = TokenTable.build([bytes([byte]) for byte in range(256)])
     symbols = table.symbols([*"a🐈".encode()[:-1], ord("b")])
     assert symbols.text == f"a{REPLACEMENT}b"

@@ -12,7 +12,7 @@ FIRST = 12
 
 
 class FakeTokenizer:
-    """A tokenizer as the vocabulary sees it: token -> id."""
+    """The part of a tokenizer that the vocabulary uses: token -> id."""
 
     name_or_path = "models/fake"
 
@@ -56,11 +56,11 @@ BROKEN = {
 
 
 @pytest.mark.parametrize(("ids", "message"), BROKEN.values(), ids=BROKEN.keys())
-def test_broken_vocabularies_are_refused(ids, message):
+def test_inconsistent_vocabularies_are_refused(ids, message):
     with pytest.raises(CheckpointError, match=f"models/fake.*{message}"):
         CoordVocabulary.from_tokenizer(FakeTokenizer(ids))
 
 
-def test_presence_is_asked_of_the_first_token():
+def test_presence_is_determined_by_the_first_token():
     assert has_coord_tokens(FakeTokenizer(GOOD))
     assert not has_coord_tokens(FakeTokenizer({}))

@@ -1,1 +1,1 @@
-"""What is wrong with data, model and plan, said before anything trains."""
+"""Checks of data, model and plan before training, and estimates of memory and time."""

@@ -1,4 +1,4 @@
-"""What `coordexp doctor` prints: findings of the data, and the needs of a run beside what the machine has."""
+"""The output of `coordexp doctor`: problems in the data, and the needs of a run compared with the machine."""
 
 from __future__ import annotations
 
@@ -23,13 +23,12 @@ from coordexp.records.schema import Record, read_records
 from coordexp.records.sources.base import Problem
 from coordexp.rollout.opening import START
 
-STOP = "STOP: "  # begins the line of what stops a run
+STOP = "STOP: "  # starts the line of a problem that stops a run
 
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
-    """The text, every fault as a JSON line (what stops a run included), whether the stages would stop, and the records
-    that remain by split."""
+    """The text, every problem as a JSON line, whether the stages would stop, and the remaining records by split."""
 
     lines: tuple[str, ...]
     problem_lines: tuple[str, ...]
@@ -38,12 +37,12 @@ class Diagnosis:
 
 
 def diagnose(run: RunConfig, decode: bool) -> Diagnosis:
-    """Examine the data of a profile, estimate the needs of a run, and put both into words; `decode` unpacks images.
+    """Check the data of a profile and estimate the needs of a run, in words; `decode` decodes all images.
 
-    Composed scenes have nothing to examine; the needs come from the records on file.
+    Composed scenes need no check; their needs are estimated from the records on disk.
     """
     source = run.profile.source
-    lines, faults, stops = ["data: scenes are composed by the raw stage; nothing to examine"], list[Problem](), False
+    lines, faults, stops = ["data: the raw stage composes the scenes; nothing to check"], list[Problem](), False
     if isinstance(source, DatasetsConfig):
         found = examine(source.sets, run.profile.records, decode, workers=worker_count())
         lines, faults, stops = list(_data_lines(found)), _faults(found), found.stops
@@ -58,13 +57,13 @@ def diagnose(run: RunConfig, decode: bool) -> Diagnosis:
     lacking = [line.removeprefix(STOP) for line in needs if line.startswith(STOP)]
     faults += [Problem("needs", f"configs/{run.paths.profile}.yaml", "", detail) for detail in lacking]
     stops = stops or bool(lacking)
-    lines += [*needs, "a run would stop at what is marked STOP" if stops else "nothing here stops a run"]
+    lines += [*needs, "a run would stop at the lines marked STOP" if stops else "nothing here would stop a run"]
     rows = tuple(json.dumps(asdict(p), ensure_ascii=False) for p in faults)
     return Diagnosis(tuple(lines), rows, stops, records)
 
 
 def _faults(found: Examination) -> list[Problem]:
-    """The problems of single annotations and images, and what was found of a split or a set as a whole."""
+    """The problems of single annotations and images, and those of whole splits or sets."""
     listed = {p.reason for p in found.problems}
     whole = [f for f in found.findings if f.reason not in listed]
     return found.problems + [
@@ -78,7 +77,7 @@ def _data_lines(found: Examination) -> Iterator[str]:
     for split, records in found.records.items():
         objects = sum(len(r.objects) for r in records)
         yield f"{split}: {len(records)} records, {objects} objects"
-    yield f"images: {_gigabytes(found.image_bytes)} on disk, read where they are"
+    yield f"images: {_gigabytes(found.image_bytes)} on disk, read in place"
     if not found.findings:
         yield "no fault found"
     for finding in found.findings:
@@ -88,7 +87,7 @@ def _data_lines(found: Examination) -> Iterator[str]:
 
 def _need_lines(run: RunConfig, train: list[Record], n_val: int) -> Iterator[str]:
     if not train:
-        yield "needs: no training record to estimate from"
+        yield "needs: no estimate without training records"
         return
     try:
         needs = needs_of(run, train)
@@ -98,16 +97,16 @@ def _need_lines(run: RunConfig, train: list[Record], n_val: int) -> Iterator[str
     free = shutil.disk_usage(Path()).free
     yield f"model: {needs.parameters:,} parameters"
     yield (
-        f"tokens: {needs.image_tokens:,} of images, about {needs.text_tokens:,} of text; longest record about "
+        f"tokens: {needs.image_tokens:,} of images, about {needs.text_tokens:,} of text; the longest record has about "
         f"{needs.longest_tokens:,}"
     )
     yield (
-        f"packs: about {needs.packs:,} of {run.profile.packing.pack_tokens:,} tokens; stage 1 passes over them "
-        f"{needs.stage1_passes:.2f} times"
+        f"packs: about {needs.packs:,} of {run.profile.packing.pack_tokens:,} tokens; stage 1 makes "
+        f"{needs.stage1_passes:.2f} passes over them"
     )
     yield (
-        f"disk: about {_gigabytes(needs.disk_bytes)} for checkpoints and samples, twice that if the cache cannot link "
-        f"files; {_gigabytes(free)} free"
+        f"disk: about {_gigabytes(needs.disk_bytes)} for checkpoints and samples, twice as much if DVC's cache cannot "
+        f"link files; {_gigabytes(free)} free"
     )
     plan = training_plan(run.profile.stage1.precision)
     yield f"{plan}"
@@ -115,9 +114,9 @@ def _need_lines(run: RunConfig, train: list[Record], n_val: int) -> Iterator[str
     yield _memory_line(needs.memory)
     if needs.over_budget:
         yield (
-            f"answers: the longest takes about {needs.longest_answer:,} tokens; {needs.over_budget:,} of "
-            f"{needs.train_records:,} do not fit into decode.max_new_tokens, {run.params.decode.max_new_tokens}, and "
-            "such answers will be cut: raise it"
+            f"answers: the longest has about {needs.longest_answer:,} tokens; {needs.over_budget:,} of "
+            f"{needs.train_records:,} exceed decode.max_new_tokens, {run.params.decode.max_new_tokens}, and would be "
+            "truncated: increase it"
         )
     yield from hour_lines(run, needs.training_flops, len(train), n_val)
     rollout = run.profile.rollout
@@ -131,9 +130,9 @@ def _need_lines(run: RunConfig, train: list[Record], n_val: int) -> Iterator[str
 
 def _memory_line(memory: Memory) -> str:
     return (
-        f"memory of a step on one GPU: about {_gigabytes(memory.total)}: {_gigabytes(memory.states)} of weights, "
-        f"gradients and moments ({memory.trained:,} parameters train), {_gigabytes(memory.activations)} of "
-        f"activations, {_gigabytes(memory.copies)} of bf16 copies, {_gigabytes(memory.logits)} of logits; "
+        f"memory of a step on one GPU: about {_gigabytes(memory.total)}: {_gigabytes(memory.states)} for weights, "
+        f"gradients and moments ({memory.trained:,} trained parameters), {_gigabytes(memory.activations)} for "
+        f"activations, {_gigabytes(memory.copies)} for bf16 copies, {_gigabytes(memory.logits)} for logits; "
         f"{_gigabytes(memory.update)} in the update"
     )
 

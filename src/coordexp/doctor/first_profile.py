@@ -1,7 +1,7 @@
-"""`coordexp init`: from a folder of annotated pictures to a profile that trains on them, and what it will take.
+"""`coordexp init`: write a profile for a folder of annotated images, and estimate the training time.
 
-The profile extends one that is there and holds only what differs: where the data are, which model, and the sizes that
-follow from the data, by the rules in `_sizes`. Nothing but the profile is written.
+The profile extends an existing one and contains only the differences: the location of the data, the model, and the
+sizes that follow from the data by the rules in `_sizes`. No other file is written.
 """
 
 from __future__ import annotations
@@ -32,55 +32,55 @@ from coordexp.models.pins import write_pins
 from coordexp.packing.samples import Sample
 from coordexp.records.recognize import Candidate, recognize_folder
 
-SMALL_PARAMETERS = 50_000_000  # up to here a model trains on a CPU: its profile extends `tiny`
+SMALL_PARAMETERS = 50_000_000  # up to this size a model can train on a CPU: its profile extends `tiny`
 SMALL, LARGE = "tiny", "base/qwen3vl"
 EMBEDDED_MODEL = "models/tiny-base"
-PASSES = 20  # of stage 1 over the training pictures, unless the extended profile's steps are fewer
+PASSES = 20  # passes of stage 1 over the training images, unless the extended profile has fewer steps
 LEAST_STEPS = 100
 TIMED_SAMPLES = 64
 
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """What is known of the folder, the profile that is extended, and the model."""
+    """The folder, the profile to extend, and the model."""
 
     name: str
-    root: Path  # of the repository
+    root: Path  # root of the repository
     candidate: Candidate
     extends: str
     model: str
 
     @property
     def path(self) -> Path:
-        """The file that is written."""
+        """The file to write."""
         return self.root / "configs" / f"{self.name}.yaml"
 
     @property
     def base(self) -> dict[str, Any]:
-        """All keys of the profile that is extended."""
+        """All keys of the extended profile."""
         return profile_tree(self.root / "configs" / f"{self.extends}.yaml")
 
 
 def init(folder: Path, name: str | None, base: str | None, params: Path) -> Iterator[str]:
-    """Write `configs/<name>.yaml` for a folder; yields what was found, decided and measured, a line each.
+    """Write `configs/<name>.yaml` for a folder; yields one line per finding, decision and measurement.
 
     Args:
-        folder: annotated pictures, in any format of docs/data.md.
-        name: of the profile; None: made of the folder's name.
+        folder: annotated images, in any format of docs/data.md.
+        name: name of the profile; None: derived from the name of the folder.
         base: folder of the pretrained model, or the name of a profile to extend; None: the embedded model.
         params: the parameter file of the repository.
 
     Raises:
-        DataError: nothing there is understood, or too much would be lost; says what was found.
-        ConfigError: there is such a profile already, or the name cannot be one.
-        CheckpointError: `base` is no model of the family.
+        DataError: no annotations were recognized, or too much would be lost; the message lists what was found.
+        ConfigError: the profile exists already, or the name is invalid.
+        CheckpointError: `base` is not a Qwen3-VL model.
     """
     root = params.parent
     name = _profile_name(folder, name, root)
     candidate, others = _chosen(folder)
-    yield f"{folder}: {candidate.format}: {candidate.why}; {candidate.images:,} pictures"
+    yield f"{folder}: {candidate.format}: {candidate.why}; {candidate.images:,} images"
     yield from (f"  note: {problem}" for problem in candidate.problems)
-    yield from (f"  not taken: {other.format}: {other.why}" for other in others)
+    yield from (f"  not used: {other.format}: {other.why}" for other in others)
     extends, model = _extended(base, root)
     plan = _Plan(name, root, candidate, extends, model)
     found = _examined(plan)
@@ -103,11 +103,11 @@ def _profile_name(folder: Path, name: str | None, root: Path) -> str:
         name if name is not None else re.sub(r"[^a-z0-9_-]+", "-", folder.resolve().name.lower()).strip("-_") or "mine"
     )
     if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", made):
-        raise ConfigError(f"--name {made!r}: expected small letters, digits, '-' and '_'.")
+        raise ConfigError(f"--name {made!r}: expected lowercase letters, digits, '-' and '_'.")
     if (root / "configs" / f"{made}.yaml").exists():
         raise ConfigError(
-            f"{root / 'configs' / made}.yaml: there is such a profile already, and it is not replaced. Choose another "
-            f"--name, or remove the file. Profiles there: {', '.join(profile_names(root / 'configs'))}."
+            f"{root / 'configs' / made}.yaml: this profile exists already and is not replaced. Choose another --name, "
+            f"or remove the file. Existing profiles: {', '.join(profile_names(root / 'configs'))}."
         )
     return made
 
@@ -121,18 +121,18 @@ def _chosen(folder: Path) -> tuple[Candidate, list[Candidate]]:
     listed = ", ".join(f"{count} {suffix}" for suffix, count in files.most_common(12)) or "nothing"
     tried = "".join(f"\n  {c.format}: {c.why}: {'; '.join(c.problems)}" for c in found)
     raise DataError(
-        f"{folder}: no annotations that are understood. Found {listed}.{tried}\nExpected pictures with annotations in "
+        f"{folder}: no annotations were recognized. Found {listed}.{tried}\nExpected images with annotations in "
         "a format of docs/data.md: COCO, YOLO, Pascal VOC, labelme, CVAT, CSV, and others."
     )
 
 
 def _extended(base: str | None, root: Path) -> tuple[str, str]:
-    """The profile to extend and the folder of the model, by what `--base` names."""
+    """The profile to extend and the folder of the model, from `--base`."""
     if base is not None and not (root / base).is_dir():
         name = base.removeprefix("configs/").removesuffix(".yaml")
         if not (root / "configs" / f"{name}.yaml").is_file():
             raise ConfigError(
-                f"--base {base}: neither the folder of a model nor a profile. Profiles there: "
+                f"--base {base}: neither the folder of a model nor a profile. Existing profiles: "
                 f"{', '.join(profile_names(root / 'configs'))}."
             )
         return name, str(profile_tree(root / "configs" / f"{name}.yaml").get("model", {}).get("path", EMBEDDED_MODEL))
@@ -156,13 +156,13 @@ def _examined(plan: _Plan) -> Examination:
 def _found_lines(found: Examination) -> Iterator[str]:
     for split, records in found.records.items():
         objects = [o for r in records for o in r.objects]
-        yield f"{split}: {len(records):,} pictures, {len(objects):,} objects, {len({o.desc for o in objects}):,} labels"
+        yield f"{split}: {len(records):,} images, {len(objects):,} objects, {len({o.desc for o in objects}):,} labels"
     for finding in found.findings:
         yield f"  {finding.fate}: {finding.split}: {finding.reason}: {finding.count}"
 
 
 def _first_keys(plan: _Plan, found: Examination) -> dict[str, Any]:
-    """The keys that say where everything is."""
+    """The keys for the locations of data and model."""
     keys = dict(plan.candidate.keys)
     inside, outside = Path(keys["root"]), plan.root.resolve()
     keys["root"] = str(inside.relative_to(outside)) if inside.is_relative_to(outside) else str(inside)
@@ -173,15 +173,15 @@ def _first_keys(plan: _Plan, found: Examination) -> dict[str, Any]:
 
 
 def _dev_images(base: Mapping[str, Any], n_train: int) -> int:
-    """A tenth of the training pictures, at most as many as the extended profile has."""
+    """A tenth of the training images, but not more than in the extended profile."""
     return max(1, min(int(base["records"]["dev_images"]), round(n_train / 10)))
 
 
 def _sizes(base: Mapping[str, Any], n_train: int, samples: Sequence[Sample]) -> dict[str, Any]:
-    """What follows from the data: packs that hold the longest record, and steps by the number of packs.
+    """The sizes that follow from the data: packs that fit the longest record, and steps from the number of packs.
 
-    Stage 1 passes PASSES times over the data, or less often, where that takes more steps than the extended profile has;
-    stage 2 and the control have the same fraction of these steps as there.
+    Stage 1 makes PASSES passes over the data, but not more steps than in the extended profile. Stage 2 and the control
+    keep their ratio to the steps of stage 1.
     """
     dev = _dev_images(base, n_train)
     longest = max(sample.length for sample in samples)
@@ -223,7 +223,7 @@ def _write(plan: _Plan, keys: Mapping[str, Any]) -> None:
     yaml, text = YAML(), io.StringIO()
     yaml.width = 1 << 16
     yaml.dump(differing, text)
-    head = f"# {plan.candidate.images:,} pictures, read as {plan.candidate.format}; what differs from {plan.extends}."
+    head = f"# {plan.candidate.images:,} images, read as {plan.candidate.format}; differences from {plan.extends}."
     write_text(plan.path, f"{head} Written by `coordexp init`.\n\n{text.getvalue()}")
     if keys.get("model"):
         write_pins(plan.path)
@@ -231,25 +231,25 @@ def _write(plan: _Plan, keys: Mapping[str, Any]) -> None:
 
 
 def _rule(run: RunConfig, train: Sequence[Sample], n_train: int) -> str:
-    """The sizes that were chosen, in words."""
+    """The chosen sizes in words."""
     stage1, pack_tokens = run.profile.stage1, run.profile.packing.pack_tokens
     mean = sum(s.length for s in train) / len(train)
     passes = stage1.steps * stage1.packs_per_step * pack_tokens / (mean * n_train)
     return (
-        f"{run.profile.records.dev_images} training pictures are dev, packs hold {pack_tokens} tokens, stage 1 takes "
+        f"{run.profile.records.dev_images} training images become dev, packs hold {pack_tokens} tokens, stage 1 takes "
         f"{stage1.steps} steps, which is about {passes:.2g} passes over the data"
     )
 
 
 def _time_lines(run: RunConfig, train: Sequence[Sample]) -> Iterator[str]:
     if count_parameters(model_folder(run.profile.model.path)) > SMALL_PARAMETERS and not torch.cuda.is_available():
-        yield "time: not measured: a model of this size needs a GPU; `coordexp doctor` estimates its memory and hours"
+        yield "time: not measured: a model of this size needs a GPU; `coordexp doctor` estimates memory and hours"
         return
     step = timed_step(run, train[:TIMED_SAMPLES])
     seconds = training_seconds(run, step, sum(s.length for s in train) / len(train))
     yield (
         f"time: a step of stage 1 takes {step.seconds:.2f} s here, so training (stage 1, stage 2, the control) takes "
-        f"about {max(1, round(seconds / 60)):,} minutes; decoding and evaluation come on top"
+        f"about {max(1, round(seconds / 60)):,} minutes; decoding and evaluation are not included"
     )
 
 
@@ -258,6 +258,6 @@ def _next_lines(run: RunConfig, answer: int) -> Iterator[str]:
     needed = 64 * ceil(1.25 * answer / 64)
     room = f" -S decode.max_new_tokens={needed}" if needed > budget else ""
     if room:
-        yield f"the longest answer has {answer} tokens, and decode.max_new_tokens is {budget}: give it room, as below"
-    yield f"next: coordexp doctor --profile {name} --page doctor-{name}.html   (look at the pictures)"
+        yield f"the longest answer has {answer} tokens, but decode.max_new_tokens is {budget}: increase it, as below"
+    yield f"next: coordexp doctor --profile {name} --page doctor-{name}.html   (inspect the images)"
     yield f"then: dvc exp run -S profile={name}{room}   (report: reports/{name}/progress.md)"

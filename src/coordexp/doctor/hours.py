@@ -1,7 +1,7 @@
-"""How long a run takes: training, rollouts and evaluation, from what this machine was measured to do.
+"""Estimate the hours of a run: training, rollouts and evaluation, from rates measured on this machine.
 
-A rate is, in this order, that of an earlier run of the profile (its run records), or that of a trial: some seconds of
-decoding with a checkpoint that is there. Without either the hours of decoding are not known, and that is said.
+A rate comes from an earlier run of the profile (its run records), or else from a trial: some seconds of decoding with
+an existing checkpoint. If neither is possible, the hours of decoding are reported as unknown.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from coordexp.packing.samples import SampleStore
 from coordexp.rollout.hf_engine import HfEngine
 from coordexp.rollout.stages import decode_request
 
-ASSUMED_FLOPS = 4e14  # a second
+ASSUMED_FLOPS = 4e14  # per second
 TRIAL_SECONDS = 8.0
 FIRST_TRIAL_IMAGES = 4
-# A larger model takes longer to load, and on a CPU to answer, than a trial may.
+# A larger model takes too long for a trial, to load or (on a CPU) to generate.
 TRIAL_PARAMETERS = {"cpu": 300_000_000, "cuda": 9_000_000_000}
 TRAINED = tuple(name for name in CHECKPOINTS if name != "base")
 
 
 @dataclass(frozen=True, slots=True)
 class Rate:
-    """Images answered in a second, and where that was seen."""
+    """Images decoded per second, and the source of the measurement."""
 
     images_per_second: float
     seen: str
@@ -42,7 +42,7 @@ class Rate:
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """Images that a run asks about, by what for."""
+    """Numbers of images that a run decodes, by purpose."""
 
     rollouts: int
     fresh: int
@@ -51,14 +51,14 @@ class Decoded:
 
 
 def hour_lines(run: RunConfig, flops: Mapping[str, float], train_records: int, val_records: int) -> Iterator[str]:
-    """The plan in words, from the operations of each training stage; a trial takes TRIAL_SECONDS and loads a model."""
+    """The plan in words, from the FLOPs of each training stage; a trial takes TRIAL_SECONDS plus loading a model."""
     profile = run.profile
     steps = f"training: {profile.stage1.steps} steps of stage 1, {profile.stage2.steps} of stage 2 and of the control"
     total, (speed, seen) = sum(flops.values()), _training_speed(run, flops)
     yield f"{steps}; {total:.2g} floating-point operations, {total / speed / 3600:.2g} hours {seen}"
     images = images_to_decode(run, train_records, val_records)
     used = round(run.params.stage2.b_ratio * profile.stage2.steps * profile.stage2.samples_per_step)
-    listed = [f"{images.rollouts:,} rollouts" + f" (stage 2 reads at most {used:,})" * (used < images.rollouts)]
+    listed = [f"{images.rollouts:,} rollouts" + f" (stage 2 uses at most {used:,})" * (used < images.rollouts)]
     listed += [f"about {images.fresh:,} fresh ones"] * bool(images.fresh)
     listed += [f"{len(CHECKPOINTS)} checkpoints on {images.evaluation // len(CHECKPOINTS):,} val images"]
     listed += [f"{images.callback:,} answers of the eval callback"] * bool(images.callback)
@@ -66,19 +66,19 @@ def hour_lines(run: RunConfig, flops: Mapping[str, float], train_records: int, v
     rate = decoding_rate(run)
     if rate is None:
         yield (
-            f"{words}; hours not known: no run of this profile has left a rate here, and no checkpoint can be tried "
-            "in seconds. Ask again when the rollout stage has run"
+            f"{words}; hours unknown: no run of this profile has recorded a rate here, and no checkpoint can be tried "
+            "within seconds. Run doctor again after the rollout stage"
         )
         return
     hours = [n / rate.images_per_second / 3600 for n in (images.rollouts + images.fresh, images.evaluation)]
     yield (
         f"{words}; {hours[0]:.2g} hours of rollouts and {hours[1]:.2g} of evaluation at "
-        f"{rate.images_per_second:.3g} images a second ({rate.seen})"
+        f"{rate.images_per_second:.3g} images per second ({rate.seen})"
     )
 
 
 def images_to_decode(run: RunConfig, train_records: int, val_records: int) -> Decoded:
-    """What the stages will ask about; fresh rollouts are counted as if every image of their steps were another."""
+    """Numbers of images that the stages will decode; fresh rollouts are counted as if all their images differed."""
     profile, stage2 = run.profile, run.params.stage2
     fresh_steps = max(0, profile.stage2.steps - stage2.refresh_steps) if stage2.refresh_steps else 0
     return Decoded(
@@ -96,21 +96,21 @@ def _evaluations(profile: Profile) -> int:
 
 
 def _training_speed(run: RunConfig, flops: Mapping[str, float]) -> tuple[float, str]:
-    """Floating-point operations a second of the longest stage that was run here, else an assumption; and in words."""
+    """FLOP/s measured in a training stage that ran here, or else an assumption; and a description in words."""
     planned = {"stage1": run.profile.stage1.steps, "stage2": run.profile.stage2.steps}
     for stage, steps in planned.items():
         path = run.paths.run_record(stage)
         seconds = read_run_record(path).get("step_seconds")
-        done = read_run_record(run.paths.run(stage) / RUN_METADATA).get("steps")  # the plan may be another now
+        done = read_run_record(run.paths.run(stage) / RUN_METADATA).get("steps")  # the present plan may differ
         if _is_positive(seconds) and _is_positive(done):
             return flops[stage] * done / steps / seconds, f"as measured here ({path})"
     return ASSUMED_FLOPS, (
-        f"on one device at {ASSUMED_FLOPS / 1e12:.0f} TFLOP/s (an assumption: 40 % of an H100's bf16)"
+        f"on one device at {ASSUMED_FLOPS / 1e12:.0f} TFLOP/s (an assumption: 40 % of an H100's bf16 peak)"
     )
 
 
 def decoding_rate(run: RunConfig) -> Rate | None:
-    """How fast this machine answers: of an earlier run with the same engine, or of a trial; None if neither can be."""
+    """Decoding rate of this machine, from an earlier run with the same engine or from a trial; None without either."""
     engine = run.profile.rollout.engine
     for stage in ("rollout", *(f"decode@{name}" for name in reversed(TRAINED))):
         path = run.paths.run_record(stage)
@@ -124,7 +124,7 @@ def decoding_rate(run: RunConfig) -> Rate | None:
         return None
     try:
         return _trial(run, folder, samples)
-    except CoordExpError:  # of a folder or a picture; what is wrong with it is for others to say
+    except CoordExpError:  # a fault of a folder or an image, which other checks report
         return None
 
 
@@ -135,12 +135,12 @@ def _trial(run: RunConfig, folder: Path, samples: Path) -> Rate | None:
     engine = HfEngine(checkpoint, run.paths.raw, batch)
     request = decode_request(run, checkpoint.codec)
     n_images, rate = min(FIRST_TRIAL_IMAGES, len(store)), 0.0
-    # Twice: the first few images say how many fit into the time, and warm up.
+    # Twice: the first few images warm up, and tell how many fit into the time.
     for _ in range(2):
         started = time.monotonic()
         engine.generate([store[i] for i in range(n_images)], request)
         rate = n_images / (time.monotonic() - started)
-        where = f"tried now: {n_images} images of training with {folder}"
+        where = f"tried now: {n_images} training images with {folder}"
         n_images = max(1, min(round(rate * TRIAL_SECONDS), 2 * batch, len(store)))
     return Rate(rate, where)
 

@@ -1,17 +1,18 @@
-"""Memory of a training step by arithmetic: weights, gradients, moments and activations, without loading a model.
+"""Compute the memory of a training step (weights, gradients, moments, activations) without loading a model.
 
-    trained      4 bytes of weight, 4 of gradient, 8 of AdamW's moments (2 with one-byte moments)
-    frozen       the weight alone, in the format that the plan of the device holds it in (infra/device.py)
+    trained      per parameter 4 bytes of weight, 4 of gradient, 8 of AdamW's moments (2 with 8-bit moments)
+    frozen       only the weight, in the format of the device's plan (infra/device.py)
     copies       the bf16 copy that autocast makes of each float32 weight and keeps to the end of the step
-    activations  what autograd keeps under bf16 autocast, in bytes a token and layer; the factors below are exact for
-                 transformers' Qwen3-VL with scaled-dot-product attention (a test counts the saved tensors)
-    logits       one chunk of those of the supervised slots, the coordinate logits (values, log-softmax and gradient),
-                 and the gradient of the head before it is added
-    update       temporaries of the optimizer: none of a fused AdamW, else the root of all second moments; of Muon one
-                 stack of matrices
+    activations  what autograd saves under bf16 autocast, in bytes per token and layer, in the manner of Korthikanti et
+                 al. (arXiv:2205.05198, section 4.1); the factors below are exact for transformers' Qwen3-VL with
+                 scaled-dot-product attention (a test counts the saved tensors)
+    logits       one chunk of the logits of supervised slots, the coordinate logits (values, log-softmax and gradient),
+                 and the gradient of the head before it is accumulated
+    update       temporaries of the optimizer: none with a fused AdamW, otherwise the square roots of all second
+                 moments; with Muon, one stack of matrices
 
-The step peaks at the end of a forward pass (copies, activations, logits) or in the update. What this leaves out: the
-allocator's fragments, the workspace of kernels, and the context of the GPU (1 to 2 GB).
+The peak is at the end of a forward pass (copies, activations, logits) or in the update. Not included: fragmentation of
+the allocator, workspaces of kernels, and the CUDA context (1 to 2 GB).
 """
 
 from __future__ import annotations
@@ -29,17 +30,17 @@ from coordexp.losses.vocabulary_terms import GPU_CHUNK_SLOTS, LOGIT_BYTES, chunk
 from coordexp.models.adapters import PARTS
 from coordexp.training.optimizers import STACK_NUMBERS
 
-WEIGHT, GRADIENT, MOMENTS, MOMENTS_8BIT = 4, 4, 8, 2  # bytes of a parameter
+WEIGHT, GRADIENT, MOMENTS, MOMENTS_8BIT = 4, 4, 8, 2  # bytes per parameter
 AUTOCAST_COPY = 2  # bytes of a weight's bf16 copy, kept for the backward pass
 LOGIT = 12
-ROOTS = 4  # of the second moments, in torch's AdamW that is not fused
-MUON = 10  # bytes of a number of a stack: momentum added in float32, and three of its size in bf16
+ROOTS = 4  # bytes per parameter: roots of the second moments in torch's AdamW without fusion
+MUON = 10  # bytes per element of a stack: momentum in float32, and three temporaries in bf16
 GPU = training_plan("bf16", torch.device("cuda"))
 
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """Numbers by part of the model."""
+    """Numbers of parameters by part of the model."""
 
     vision: int
     projector: int
@@ -47,13 +48,13 @@ class Parts:
 
     @property
     def total(self) -> int:
-        """Of the whole model."""
+        """The number for the whole model."""
         return self.vision + self.projector + self.language
 
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Bytes of one training step on one device, and how many parameters train."""
+    """Bytes of one training step on one device, and the number of trained parameters."""
 
     parameters: int
     trained: int
@@ -67,7 +68,7 @@ class Memory:
 
     @property
     def states(self) -> int:
-        """What is held through the whole step."""
+        """The memory that is held during the whole step."""
         return self.weights + self.gradients + self.moments
 
     @property
@@ -95,7 +96,7 @@ def parameters_by_part(config: Mapping[str, Any]) -> Parts:
 
 
 def adapters_by_part(config: Mapping[str, Any], tuning: TuningConfig) -> Parts:
-    """Parameters of the adapters on each part, if it had some: rank x (inputs + outputs), DoRA also the outputs."""
+    """Parameters of the adapters on each part if it has them: rank x (inputs + outputs), plus outputs for DoRA."""
     t, v = config["text_config"], config["vision_config"]
     hidden, inner, width = t["hidden_size"], t["intermediate_size"], v["hidden_size"]
     queries, keys = (t[name] * t["head_dim"] for name in ("num_attention_heads", "num_key_value_heads"))
@@ -114,12 +115,12 @@ def adapters_by_part(config: Mapping[str, Any], tuning: TuningConfig) -> Parts:
 
 
 def trained_parameters(config: Mapping[str, Any], tuning: TuningConfig) -> int:
-    """Parameters that get an optimizer state; the coordinate rows do in every mode."""
+    """Number of parameters with an optimizer state; it includes the coordinate rows in every mode."""
     return _trained_base(config, tuning) + added_parameters(config, tuning)
 
 
 def added_parameters(config: Mapping[str, Any], tuning: TuningConfig) -> int:
-    """Parameters that train beside frozen ones: adapters, and coordinate rows where the rest of a table is frozen."""
+    """Number of added trained parameters: adapters, and coordinate rows if the rest of a table is frozen."""
     if tuning.method == "full" and tuning.language == "train":
         return 0
     rows = (1 if _is_tied(config) else 2) * NUM_BINS * config["text_config"]["hidden_size"]
@@ -127,7 +128,7 @@ def added_parameters(config: Mapping[str, Any], tuning: TuningConfig) -> int:
 
 
 def _trained_base(config: Mapping[str, Any], tuning: TuningConfig) -> int:
-    """The model's own parameters that train."""
+    """Number of the model's own parameters that are trained."""
     return _of_trained_parts(parameters_by_part(config), tuning) if tuning.method == "full" else 0
 
 
@@ -136,14 +137,14 @@ def _of_trained_parts(parts: Parts, tuning: TuningConfig) -> int:
 
 
 def text_layer_bytes(config: Mapping[str, Any]) -> int:
-    """Bytes that one decoder layer keeps for each token."""
+    """Bytes per token that one decoder layer saves for the backward pass."""
     t = config["text_config"]
     heads, keys, dim = t["num_attention_heads"], t["num_key_value_heads"], t["head_dim"]
     return 26 * t["hidden_size"] + 8 * t["intermediate_size"] + (10 * dim + 8) * heads + (10 * dim + 4) * keys + 8
 
 
 def vision_block_bytes(config: Mapping[str, Any]) -> int:
-    """Bytes that one vision block keeps for each patch."""
+    """Bytes per patch that one vision block saves for the backward pass."""
     v = config["vision_config"]
     return 22 * v["hidden_size"] + 4 * v["intermediate_size"] + 4 * v["num_heads"] + 16
 
@@ -161,12 +162,12 @@ def step_memory(
 
     Args:
         config: config.json of the model.
-        tuning: what trains, and whether activations are recomputed.
-        optimizer: of the stage; `adamw_8bit` keeps one byte a moment.
-        tokens: of one forward: packs times their length.
-        image_tokens: how many of them are visual.
-        supervised: how many of them have a loss.
-        plan: number formats, and what the device can do; by default those of a GPU.
+        tuning: trained parts, and whether activations are recomputed.
+        optimizer: of the stage; `adamw_8bit` uses one byte per moment.
+        tokens: of one forward pass: packs times their length.
+        image_tokens: number of visual tokens among them.
+        supervised: number of tokens with a loss among them.
+        plan: number formats and capabilities of the device; by default those of a GPU.
     """
     total, trained = parameters_by_part(config).total, trained_parameters(config, tuning)
     frozen = total - _trained_base(config, tuning)
@@ -185,7 +186,7 @@ def step_memory(
 
 
 def _activation_bytes(config: Mapping[str, Any], tuning: TuningConfig, tokens: int, image_tokens: int) -> int:
-    """A layer keeps what its backward pass needs, or its input; of the latter, one at a time is computed again."""
+    """A layer saves its activations or, with recomputation, its input; then one layer at a time is recomputed."""
     t, v = config["text_config"], config["vision_config"]
     patches = image_tokens * v["spatial_merge_size"] ** 2
     of_layer = {"language": tokens * text_layer_bytes(config), "vision": patches * vision_block_bytes(config)}
@@ -197,7 +198,7 @@ def _activation_bytes(config: Mapping[str, Any], tuning: TuningConfig, tokens: i
 
 
 def _logit_bytes(config: Mapping[str, Any], tuning: TuningConfig, supervised: int, plan: ComputePlan) -> int:
-    """Of one chunk, of the coordinate slots (all supervised ones are taken for such), and the head's gradient."""
+    """Bytes of one chunk, of the coordinate slots (at most all supervised ones), and of the head's gradient."""
     vocab_size, hidden = config["text_config"]["vocab_size"], config["text_config"]["hidden_size"]
     is_gpu = plan.device.type == "cuda"
     chunk = min(GPU_CHUNK_SLOTS if is_gpu else chunk_slots(vocab_size), supervised) * vocab_size
@@ -214,15 +215,15 @@ def _update_bytes(config: Mapping[str, Any], optimizer: str, trained: int, plan:
 
 
 def outside_layers(config: Mapping[str, Any]) -> int:
-    """Parameters that are in no decoder layer and no vision block: tables, mergers, patch and position embeddings."""
+    """Number of parameters outside layers and vision blocks: tables, mergers, patch and position embeddings."""
     text, vision = config["text_config"] | {"num_hidden_layers": 0}, config["vision_config"] | {"depth": 0}
     return parameters_by_part({**config, "text_config": text, "vision_config": vision}).total
 
 
 def sharded_memory(memory: Memory, config: Mapping[str, Any], processes: int) -> Memory:
-    """The same step with states sharded: a share of them, and whole what is no layer (training/sharding.py).
+    """The same step with sharded states: a fraction of them, plus all parameters outside layers (training/sharding.py).
 
-    The layer that is gathered at the moment is left out: in 8B it is 0.8 GB of weights and 0.8 GB of gradients.
+    The layer that is currently gathered is not included: for 8B it has 0.8 GB of weights and 0.8 GB of gradients.
     """
     whole = outside_layers(config)
     return replace(

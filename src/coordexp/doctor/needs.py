@@ -1,7 +1,7 @@
-"""What a run will need, estimated from the records alone: tokens, packs, passes over the data, disk, memory.
+"""Estimate the needs of a run from its records: tokens, packs, passes over the data, disk, memory.
 
-Image tokens are exact (the same resize as in training). Instruction, names, scaffold and coordinates are counted
-with the model's tokenizer; the frame around them is a constant.
+Image tokens are exact (the same resizing as in training). Prompt, descriptions, scaffold and coordinates are counted
+with the model's tokenizer; the chat template around them is a constant.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from coordexp.records.schema import Record
 from coordexp.text.codecs import Role, TextObject, get_codec
 from coordexp.text.prompts import asked_names, question
 
-FRAME_TOKENS = 15  # role headers, image markers and the end of the answer
-CHECKPOINTS_WRITTEN = 4  # init, stage1, stage1-control, stage2, in float32; a resume state comes beside them
+FRAME_TOKENS = 15  # role headers, image markers and end of turn
+CHECKPOINTS_WRITTEN = 4  # init, stage1, stage1-control, stage2, in float32; a resume state is added
 
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """The plan of a run; sizes in bytes."""
+    """The estimated needs of a run; sizes in bytes."""
 
     train_records: int
     image_tokens: int
@@ -43,9 +43,9 @@ class Needs:
     longest_tokens: int
     over_pack: int  # records longer than a pack: they cannot be trained on
     longest_answer: int  # tokens
-    over_budget: int  # records with a longer answer than decode.max_new_tokens
+    over_budget: int  # records whose answer is longer than decode.max_new_tokens
     packs: int
-    stage1_passes: float  # how often stage 1 sees the training records
+    stage1_passes: float  # passes of stage 1 over the training records
     parameters: int
     disk_bytes: int
     memory: Memory  # of one step of stage 1 on one device
@@ -56,8 +56,8 @@ def needs_of(run: RunConfig, records: Iterable[Record]) -> Needs:
     """Estimate the needs of training on these records.
 
     Raises:
-        CheckpointError: the model folder of the profile has no weights, no tokenizer, or no Qwen3-VL's config.json.
-        DataError: an image is too long and thin to be given to the model.
+        CheckpointError: the model folder of the profile has no weights, no tokenizer, or no Qwen3-VL config.json.
+        DataError: the aspect ratio of an image is too large for the model.
     """
     profile, folder = run.profile, model_folder(run.profile.model.path)
     check_config(folder)
@@ -93,7 +93,7 @@ def needs_of(run: RunConfig, records: Iterable[Record]) -> Needs:
 
 
 def _step_memory(config: Mapping[str, Any], profile: Profile, tokens: int, image_tokens: int) -> Memory:
-    """Of full packs with the mixture of the data; answers are nearly all of the text."""
+    """Memory for full packs with the data's ratio of image to text; nearly all text is counted as supervised."""
     in_forward = rows_in_forward(profile) * profile.packing.pack_tokens
     visual = round(in_forward * image_tokens / max(1, tokens))
     optimizer = profile.stage1.optimizer
@@ -103,27 +103,27 @@ def _step_memory(config: Mapping[str, Any], profile: Profile, tokens: int, image
 
 
 def rows_in_forward(profile: Profile) -> int:
-    """Packs that one device takes through the model at a time."""
+    """Number of packs per forward pass on one device."""
     most = -(-profile.stage1.packs_per_step // _processes(profile))
     return min(profile.launch.rows_per_forward or most, most)
 
 
 def _processes(profile: Profile) -> int:
-    """Training processes as far as the profile says; one for each GPU counts as one, which is the most for a device."""
+    """Number of training processes in the profile. "One per GPU" counts as one process: the worst case per device."""
     return max(1, profile.launch.processes)
 
 
 def token_flops(profile: Profile, parameters: int) -> float:
-    """Of training on one token: 6 N (Kaplan et al., 2001.08361), 8 N if activations are recomputed."""
+    """FLOPs per training token: 6 N (Kaplan et al., arXiv:2001.08361, section 2.1), 8 N with recomputed activations."""
     return (8.0 if profile.tuning.activations == "recompute" else 6.0) * parameters
 
 
 def training_flops(profile: Profile, parameters: int, tokens_per_sample: float) -> dict[str, float]:
-    """Of each stage that trains; channel B runs two forwards."""
+    """FLOPs of each training stage; channel B runs two forward passes."""
     stage1 = profile.stage1.steps * profile.stage1.packs_per_step * profile.packing.pack_tokens
     stage2 = 2 * profile.stage2.steps * profile.stage2.samples_per_step * tokens_per_sample
     per_token = token_flops(profile, parameters)
-    # The control gets the tokens of stage 2.
+    # The control gets the same number of tokens as stage 2.
     return {"stage1": per_token * stage1, "stage2": per_token * stage2, "stage1-control": per_token * stage2}
 
 
@@ -138,7 +138,7 @@ def _answer_tokens(record: Record, per_object: int, count: Callable[[str], int])
 
 
 def _token_counter(folder: Path) -> Callable[[str], int]:
-    """Number of tokens of a text in the checkpoint's tokenizer; CheckpointError without one."""
+    """A function that counts the tokens of a text with the checkpoint's tokenizer; raises CheckpointError."""
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise CheckpointError(f"{path}: missing; model.path must be a checkpoint folder with its tokenizer.")
@@ -147,13 +147,13 @@ def _token_counter(folder: Path) -> Callable[[str], int]:
 
 
 def tokens_per_object(count: Callable[[str], int], codec: str) -> int:
-    """Scaffold and coordinate tokens of one object without its name, by the tokens that `count` finds in a text."""
+    """Number of scaffold and coordinate tokens of one object, without its description; `count` counts tokens."""
     pair = get_codec(codec).segments([TextObject("a", (1, 2, 3, 4))] * 2)
     second = [segment for segment in pair if segment.object_index == 1 and segment.role != Role.DESC]
-    # A coordinate is one token once norm1000 has added them to the tokenizer.
+    # After norm1000, a coordinate is one token.
     return sum(1 if s.role is Role.COORD else count(s.text) for s in second)
 
 
 def count_parameters(folder: Path) -> int:
-    """Parameters of a checkpoint, from the headers of its safetensors files; raises CheckpointError without any."""
+    """Number of parameters of a checkpoint, from its safetensors headers; raises CheckpointError without such files."""
     return sum(prod(shape) for shape in weight_shapes(folder).values())

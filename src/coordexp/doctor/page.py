@@ -1,7 +1,7 @@
-"""`coordexp doctor --page`: one HTML file with the pictures as the model will see them, and what they are like.
+"""`coordexp doctor --page`: one HTML file with statistics and with images as the model sees them.
 
-Boxes are drawn from their bins, decoded, on the picture in the size that it is given to the model: what is wrong here
-(shifted boxes, unreadable objects, wrong labels) is wrong in training.
+Boxes are decoded from their bins and drawn on the image in the model's input size: any error visible here (shifted
+boxes, unreadable objects, incorrect labels) is also in training.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from coordexp.records.schema import Record
 
 PICTURES = {"train": 24, "val": 8}
 LABELS, LONGEST = 60, 8
-SIDES_PX = (8, 16, 32, 64)  # edges of the sizes that are counted
+SIDES_PX = (8, 16, 32, 64)  # boundaries of the size bands
 CROWD = BoxStyle((120, 120, 120), dashed=True)
 
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """One picture of the page; `uri` is empty where it cannot be read, and `caption` says why."""
+    """One image on the page; if it cannot be read, `uri` is empty and `caption` has the reason."""
 
     title: str
     caption: str
@@ -52,10 +52,10 @@ def write_page(path: Path, run: RunConfig, lines: Sequence[str], records: Mappin
         path: the HTML file.
         run: the profile.
         lines: the text of the diagnosis.
-        records: those that remain, by split.
+        records: the remaining records, by split.
 
     Raises:
-        CheckpointError: there is no model whose size of pictures could be shown.
+        CheckpointError: the model folder is unusable, so the image size is unknown.
     """
     preview = Preview(run)
     samples = {split: preview.samples(of_split) for split, of_split in records.items()}
@@ -96,13 +96,13 @@ def _panel(preview: Preview, sample: Sample) -> Panel:
 
 
 def decoded_px(sample: Sample) -> NDArray[np.float64]:
-    """(M, 4) the boxes of a sample as bins and back, in pixels of the resized picture."""
+    """(M, 4) the boxes of a sample after a round trip through bins, in pixels of the resized image."""
     bins = encode_boxes(sample.boxes_xyxy_px, sample.width, sample.height)
     return decode_norm(bins).reshape(-1, 4) * np.tile((sample.resized_width, sample.resized_height), 2)
 
 
 def _labels(records: Mapping[str, Sequence[Record]]) -> list[tuple[str, int, int]]:
-    """Label, objects in train and in val; the most frequent ones."""
+    """The most frequent labels, with their numbers of objects in train and val."""
     counts = {
         split: Counter(o.desc for r in of_split for o in r.objects if not o.metadata.get("iscrowd"))
         for split, of_split in records.items()
@@ -116,7 +116,7 @@ def _labels(records: Mapping[str, Sequence[Record]]) -> list[tuple[str, int, int
 
 
 def _facts(samples: Sequence[Sample], total: int) -> list[tuple[str, str]]:
-    """What is measured of the samples, in words and numbers."""
+    """Statistics of the samples as pairs of words and numbers."""
     if not samples:
         return [("records", "none")]
     counted = [np.array([not crowd for crowd in s.iscrowd], dtype=bool) for s in samples]
@@ -130,13 +130,13 @@ def _facts(samples: Sequence[Sample], total: int) -> list[tuple[str, str]]:
     ]
     return [
         ("records", f"{total:,}" + (f", {len(samples):,} of them measured" if len(samples) < total else "")),
-        ("objects", f"{_spread([int(keep.sum()) for keep in counted])} in a picture; {len(sides):,} in all"),
-        ("pictures, width", f"{_spread([s.width for s in samples])} px"),
-        ("pictures, height", f"{_spread([s.height for s in samples])} px"),
-        ("tokens of a picture", _spread([s.n_image_tokens for s in samples])),
-        ("tokens of an answer", _spread([len(s.answer_ids) for s in samples])),
+        ("objects", f"{_spread([int(keep.sum()) for keep in counted])} per image; {len(sides):,} in total"),
+        ("images, width", f"{_spread([s.width for s in samples])} px"),
+        ("images, height", f"{_spread([s.height for s in samples])} px"),
+        ("tokens per image", _spread([s.n_image_tokens for s in samples])),
+        ("tokens per answer", _spread([len(s.answer_ids) for s in samples])),
         ("shorter side of objects, as the model sees them", "; ".join(shown)),
-        ("boxes of no area in bins", f"{int((sides <= 0).sum())}"),
+        ("boxes without area in bins", f"{int((sides <= 0).sum())}"),
     ]
 
 
@@ -146,7 +146,7 @@ def _spread(values: Iterable[int]) -> str:
 
 
 def _longest(samples: Sequence[Sample], max_new_tokens: int) -> list[tuple[str, int, int, bool]]:
-    """Picture, objects and tokens of the longest answers, and whether `decode.max_new_tokens` would cut them."""
+    """Image, objects and tokens of the longest answers, and whether `decode.max_new_tokens` would truncate them."""
     ordered = sorted(samples, key=lambda s: -len(s.answer_ids))[:LONGEST]
     rows = ((s.image, len(s.descs) - sum(s.iscrowd), len(s.answer_ids)) for s in ordered)
     return [(image, objects, tokens, tokens > max_new_tokens) for image, objects, tokens in rows]

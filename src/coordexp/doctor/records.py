@@ -1,7 +1,7 @@
-"""Every fault of a profile's data in one pass, before anything is trained on them.
+"""Find all problems in a profile's data in one pass, before training.
 
-What the raw and convert stages would do is done here without writing anything, and an error does not end the search: it
-becomes a finding.
+This does the work of the raw and convert stages without writing anything. An error does not end the search, but becomes
+a finding.
 """
 
 from __future__ import annotations
@@ -23,31 +23,31 @@ from coordexp.records.sources.base import Problem
 from coordexp.records.store import RecordStore
 from coordexp.records.twins import join_same_pictures
 
-BAD_IMAGE = "image_"  # the reasons that cost a whole image begin so
-REACH_OUT = "boxes_reach_out"  # of their pictures: they are cut there
+BAD_IMAGE = "image_"  # prefix of the reasons that drop a whole image
+REACH_OUT = "boxes_reach_out"  # boxes that extend beyond their images are clipped
 NOTED = NOTHING_LOST | {"names_merged", "same_picture", REACH_OUT}
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One kind of fault in one split of one set."""
+    """One kind of problem in one split of one data set."""
 
     set_name: str
     split: str
     reason: str
     count: int
-    stops: bool  # the stages would stop here; otherwise it is dropped and counted
+    stops: bool  # the stages would stop; otherwise they drop and count it
     examples: tuple[str, ...]
 
     @property
     def fate(self) -> str:
-        """What the stages do about it, in a word."""
+        """The reaction of the stages, in one word."""
         return "STOP" if self.stops else "noted" if self.reason in NOTED else "dropped"
 
 
 @dataclass(slots=True)
 class Examination:
-    """What was found, and what remains to train on and to judge by."""
+    """The findings, and the remaining records for training and evaluation."""
 
     findings: list[Finding] = field(default_factory=list)
     records: dict[str, list[Record]] = field(default_factory=lambda: {split: [] for split in SPLITS})
@@ -63,14 +63,14 @@ class Examination:
 def examine(
     sets: Mapping[str, DatasetConfig], config: RecordsConfig, decode: bool, workers: int, examples: int = 3
 ) -> Examination:
-    """Look at every annotation and every image of the sets.
+    """Check every annotation and every image of the data sets.
 
     Args:
         sets: the data sets of a profile.
         config: its policies.
-        decode: unpack every image, which is what finds files that were cut off.
-        workers: threads that read images.
-        examples: how many places a finding names.
+        decode: decode every image, which finds truncated files.
+        workers: number of threads that read images.
+        examples: maximum number of locations listed per finding.
     """
     result = Examination()
     content: dict[str, str] = {}
@@ -160,7 +160,7 @@ def _examine_overlap(result: Examination, content: Mapping[str, str], config: Re
     left = [r for r in result.records["train"] if r.image not in shared]
     images = {content[r.image] for r in left}
     if images and config.dev_images >= len(images):
-        where = f"records.dev_images is {config.dev_images} of {len(images)} different training images"
+        where = f"records.dev_images is {config.dev_images}, but there are {len(images)} different training images"
         result.findings.append(Finding("all", "train", "no_image_left_beside_dev", 1, True, (where,)))
     elif images and not any_counts(split_dev(left, config.dev_images, content)[1]):
-        result.findings.append(Finding("all", "dev", "no_object_left", 1, True, ("raise records.dev_images",)))
+        result.findings.append(Finding("all", "dev", "no_object_left", 1, True, ("increase records.dev_images",)))

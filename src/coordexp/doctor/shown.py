@@ -1,6 +1,6 @@
-"""What the model will be shown and should answer: records as samples, before any stage has run.
+"""Preview of the model's inputs and target answers: records as samples, before any stage has run.
 
-The tokens are exact: prompt and answer are those of training, and the picture has the size that it will be given.
+The preview is exact: prompt, answer and image size are those of training.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from coordexp.records.shards import find_source
 from coordexp.text.codecs import get_codec
 from coordexp.text.vocabulary import has_coord_tokens
 
-MEASURED = 2000  # records of which lengths are taken; of more, these are chosen by a hash of their names
+MEASURED = 2000  # maximum number of records to measure; a hash of their names selects them
 
 
 class Preview:
-    """The samples of a profile's records, with tokenizer, codec and picture size of its training."""
+    """The samples of a profile's records, with the tokenizer, codec and image size of its training."""
 
     def __init__(self, run: RunConfig) -> None:
-        """Raises CheckpointError: the profile's model folder is none, or of another family."""
+        """Raises CheckpointError if the profile's model folder is not a Qwen3-VL checkpoint."""
         self._run = run
         form, model = read_format(model_folder(run.profile.model.path)), run.profile.model
         self.tokenizer = form.tokenizer
@@ -42,11 +42,11 @@ class Preview:
         self._preparer = SamplePreparer(self.tokenizer, get_codec(run.params.text.codec), self.pixels)
 
     def samples(self, records: Iterable[Record], at_most: int = MEASURED) -> list[Sample]:
-        """Of the records, or of as many of them as a hash of their names chooses."""
+        """The samples of at most `at_most` records, selected by a hash of their names."""
         return [self._preparer.prepare(record) for record in sorted(records, key=_digest)[:at_most]]
 
     def picture(self, sample: Sample) -> Image.Image:
-        """As the model will see it; raises PictureError."""
+        """The image of a sample in the model's input size; raises PictureError."""
         source = self._run.profile.source
         if isinstance(source, DatasetsConfig):
             name, _, below = sample.image.partition("/")

@@ -1,4 +1,4 @@
-"""How long training takes here: a few real steps of stage 1 on the user's own pictures, and what they say of all."""
+"""Estimate the training time on this machine from a few real steps of stage 1 on the user's own images."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ from coordexp.training.loop import Callback, train
 from coordexp.training.schedule import step_items
 from coordexp.training.step import Criterion, TeacherTask
 
-MOST_SECONDS = 12.0  # of steps; loading the model comes before
+MOST_SECONDS = 12.0  # maximum time for the steps, after loading the model
 MOST_STEPS = 6
 
 
 @dataclass(frozen=True, slots=True)
 class StepTime:
-    """Seconds of a step of stage 1, and the tokens that went through it."""
+    """Seconds and number of tokens of a step of stage 1."""
 
     seconds: float
     tokens: int
 
 
 class _EnoughError(Exception):
-    """The steps taken say how long one takes."""
+    """Enough steps were measured."""
 
 
 class _Clock(Callback):
@@ -47,18 +47,18 @@ class _Clock(Callback):
         self._log_path = log_path
 
     def on_step_end(self, done_steps: int) -> None:
-        """Stop when the next step would take too long."""
+        """Stop if the next step would exceed the time."""
         seconds = [row["time/step_s"] for row in read_rows(self._log_path)]
         if sum(seconds) + min(seconds) > MOST_SECONDS:
             raise _EnoughError
 
 
 def timed_step(run: RunConfig, samples: Sequence[Sample]) -> StepTime:
-    """Take some steps of stage 1 on these samples, in a folder that is removed.
+    """Take some steps of stage 1 on these samples, in a temporary folder.
 
     Raises:
         CheckpointError: the model cannot be loaded.
-        DataError: a picture cannot be read, or a sample is longer than a pack.
+        DataError: an image cannot be read, or a sample is longer than a pack.
     """
     profile, model = run.profile, run.profile.model
     checkpoint = load_checkpoint(model_folder(model.path), model.min_pixels, model.max_pixels)
@@ -86,12 +86,12 @@ def timed_step(run: RunConfig, samples: Sequence[Sample]) -> StepTime:
         with suppress(_EnoughError):
             train(checkpoint.model, task, optim, folder, log_path, save_every_seconds=1e9, callback=_Clock(log_path))
         rows = read_rows(log_path)
-    settled = rows[1:] or rows  # the first step also makes what later ones reuse
+    settled = rows[1:] or rows  # the first step also includes one-time setup
     return StepTime(float(np.median([r["time/step_s"] for r in settled])), int(np.mean([r["tokens"] for r in settled])))
 
 
 def _images(run: RunConfig, folder: Path) -> Path:
-    """A root below which the records' names lead to the pictures."""
+    """A folder relative to which the image names of the records are valid."""
     source = run.profile.source
     if not isinstance(source, DatasetsConfig):
         return run.paths.raw
@@ -101,9 +101,10 @@ def _images(run: RunConfig, folder: Path) -> Path:
 
 
 def training_seconds(run: RunConfig, step: StepTime, mean_tokens: float) -> float:
-    """Seconds of stage 1, stage 2 and the control, in proportion to the tokens that go through the model.
+    """Seconds of stage 1, stage 2 and the control, in proportion to the tokens in forward passes.
 
-    Half of stage 2's steps train on rollouts, with two forwards; the control gets the tokens of stage 2.
+    A fraction `b_ratio` of stage 2's steps trains on rollouts, with two forward passes; the control gets the tokens of
+    stage 2.
     """
     stage2 = run.profile.stage2.steps * run.profile.stage2.samples_per_step * mean_tokens
     forwards = 1 + run.params.stage2.b_ratio * (run.params.stage2.passes == "two")

@@ -1,1 +1,1 @@
-"""A checkpoint and its predictions in the formats of others."""
+"""Export of a checkpoint and its predictions in standard formats."""

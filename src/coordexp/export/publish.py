@@ -1,7 +1,7 @@
-"""A trained checkpoint as a folder to publish: plain weights, a generated model card, and results for a test server.
+"""Export a trained checkpoint as a folder to publish: weights, a generated model card, and COCO results.
 
-The card's `pipeline_tag` is image-text-to-text, which is how transformers loads the model; object detection is a tag:
-the `object-detection` pipeline expects a head that returns boxes, and this model writes them.
+The card's `pipeline_tag` is image-text-to-text, because transformers loads the model this way. Object detection is only
+a tag: the `object-detection` pipeline expects a head that returns boxes, and this model writes them as text.
 """
 
 from __future__ import annotations
@@ -46,15 +46,15 @@ _SHOWN = {
     "coco.APm": "AP of medium objects",
     "coco.APl": "AP of large objects",
     "f1.full_50": "F1 at IoU .50, box and name",
-    "held_out.AP50": "AP50 of names never trained on",
-    "set.dup_pairs_90": "duplicate pairs an image (IoU .90)",
-    "parse.parse_rate": "answers that parse whole",
+    "held_out.AP50": "AP50 of held-out categories",
+    "set.dup_pairs_90": "duplicate pairs per image (IoU .90)",
+    "parse.parse_rate": "fraction of answers that parse completely",
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """What was written, predictions whose name is no category of the data set, and what a reader should know."""
+    """The written files, the numbers of results and of predictions without a category, and notes for the user."""
 
     files: tuple[str, ...]
     results: int
@@ -71,31 +71,31 @@ def publish(
     license_id: str | None = None,
     repository: str | None = None,
 ) -> list[str]:
-    """`export`, or with predictions only their results (`write_server_results`); returns what to tell the user.
+    """Run `export`, or with predictions only `write_server_results`; returns lines for the user.
 
-    With a `repository` ("user/name") the folder is then uploaded to the Hugging Face Hub.
+    With a `repository` ("user/name"), the folder is then uploaded to the Hugging Face Hub.
     """
     if (predictions is None) != (image_info is None):
-        raise DataError("--predictions and --image-info belong together; give both or none.")
+        raise DataError("--predictions and --image-info belong together; pass both or neither.")
     if predictions and image_info:
         written, unmapped = write_server_results(predictions, image_info, run.paths, out)
-        return [f"{out}: {written} results; {unmapped} predictions name no category"]
+        return [f"{out}: {written} results; {unmapped} predictions match no category"]
     done = export(run, checkpoint, out, license_id)
     said = [
         f"{out}: {', '.join(done.files)}",
-        f"{RESULTS}: {done.results} results; {done.unmapped} predictions name no category",
+        f"{RESULTS}: {done.results} results; {done.unmapped} predictions match no category",
         *(f"note: {note}" for note in done.notes),
     ]
     return [*said, f"uploaded: {push(out, repository)}"] if repository else said
 
 
 def push(folder: Path, repository: str) -> str:
-    """Upload an exported folder to the Hub, by the user's own login; returns the address of the commit.
+    """Upload an exported folder to the Hub with the user's login; returns the URL of the commit.
 
-    `HF_ENDPOINT` names another server than the public one.
+    `HF_ENDPOINT` in the environment sets another server.
 
     Raises:
-        DataError: the server cannot be reached or refuses; the folder stays as it is.
+        DataError: the server cannot be reached or refuses the upload; the folder is not changed.
     """
     from httpx2 import HTTPError
     from huggingface_hub import HfApi
@@ -114,19 +114,19 @@ def push(folder: Path, repository: str) -> str:
 
 
 def export(run: RunConfig, checkpoint: str, out: Path, license_id: str | None = None) -> Exported:
-    """Fill the folder `out`, which is empty or new, with a checkpoint of a run: stage1, stage1-control or stage2.
+    """Export a checkpoint of a run (stage1, stage1-control or stage2) to `out`, which must be new or empty.
 
-    Its default readout becomes the one that the run was evaluated with.
+    Its default readout becomes the readout of the run's evaluation.
 
     Raises:
-        CheckpointError: the run left no such checkpoint, or it is an adapter that was not merged.
+        CheckpointError: the checkpoint does not exist, or is an adapter that was not merged.
         DataError: the folder is not empty, or the run was not evaluated.
     """
     source = run.paths.run(checkpoint)
     if not weight_files(source) or (source / "adapter_config.json").is_file():
-        raise CheckpointError(f"{source}: holds no merged checkpoint; run the stage that writes it: dvc repro.")
+        raise CheckpointError(f"{source}: no merged checkpoint; run the stage that writes it: dvc repro.")
     if out.is_dir() and any(out.iterdir()):
-        raise DataError(f"{out}: is not empty; give a new folder.")
+        raise DataError(f"{out}: not empty; expected a new folder.")
     metrics = PUBLISHED.read_json(run.paths.metrics)
     predictions = run.paths.evaluation(checkpoint) / GT_VS_PRED
     categories = read_categories(run.paths.records / "categories.json")
@@ -145,9 +145,9 @@ def export(run: RunConfig, checkpoint: str, out: Path, license_id: str | None = 
 
 
 def _copy_checkpoint(source: Path, out: Path, detection: DetectionConfig) -> None:
-    """Copies, not links: DVC's cache holds the source, and whoever edits the export must not edit that."""
+    """Copy the files instead of linking them: editing the export must not edit DVC's cache."""
     for file in sorted(source.iterdir()):
-        if file.is_file() and file.suffix != ".jsonl" and file.name != HASHES:  # without logs of the training
+        if file.is_file() and file.suffix != ".jsonl" and file.name != HASHES:  # without training logs
             shutil.copyfile(verified(file), out / file.name)
     write_detection_config(out, detection)
 
@@ -155,11 +155,11 @@ def _copy_checkpoint(source: Path, out: Path, detection: DetectionConfig) -> Non
 def coco_results(
     images: Iterable[tuple[int, Sequence[tuple[str, Sequence[float], float | None]]]], categories: Sequence[Category]
 ) -> tuple[list[dict[str, Any]], int]:
-    """Results in COCO's list form, which its test server reads, and how many predictions name no category.
+    """Results in COCO's list format for its evaluation server, and the number of predictions without a category.
 
     Args:
-        images: image id, and name, box (xyxy pixels) and score of each prediction.
-        categories: with the ids of the source.
+        images: image id, and description, box (xyxy pixels) and score of each prediction.
+        categories: categories with the ids of the source.
     """
     ids = {normalise_desc(category.name): category.id for category in categories}
     results, unmapped = [], 0
@@ -182,7 +182,7 @@ def _objects(result: ImageResult) -> list[tuple[str, Sequence[float], float | No
 def _results_by_set(
     run: RunConfig, answers: Sequence[ImageResult]
 ) -> tuple[dict[str, list[dict[str, Any]]], list[str]]:
-    """Of a mixture: set -> results with the ids of its own file, where that has any; and why a set has none."""
+    """For a mixture of data sets: results by set with the ids of its own file, and notes on sets without results."""
     source, records = run.profile.source, run.paths.records / "val.jsonl"
     sets = source.sets if isinstance(source, DatasetsConfig) and len(source.sets) > 1 else {}
     if not sets or not records.is_file():
@@ -193,7 +193,8 @@ def _results_by_set(
     for name, dataset in sets.items():
         rows = [(own_ids.get(r.image), _objects(r)) for r in answers if r.image.startswith(f"{name}/")]
         with_ids = [(image_id, objects) for image_id, objects in rows if image_id is not None]
-        if not rows or len(with_ids) < len(rows) or dataset.prompt == "phrase":  # of these, several records an image
+        # Phrase sets have several records per image, which COCO's format cannot represent.
+        if not rows or len(with_ids) < len(rows) or dataset.prompt == "phrase":
             continue
         try:
             reading = open_split(located(name, dataset), "val", polygons=False)
@@ -206,16 +207,17 @@ def _results_by_set(
 
 
 def write_server_results(predictions: Path, image_info: Path, paths: ProfilePaths, out: Path) -> tuple[int, int]:
-    """Results for a server that keeps the annotations; returns their number and that of predictions of no category.
+    """Write results for an evaluation server; returns the numbers of results and of predictions without a category.
 
     Args:
-        predictions: the lines that `coordexp predict --out` wrote: `image` (its file name counts) and `objects`.
-        image_info: COCO's image_info JSON of the split, which gives the image ids.
-        paths: the profile, whose categories.json gives the category ids where image_info has no categories.
+        predictions: the log of `coordexp predict --out`, with `image` (matched by file name) and `objects`.
+        image_info: COCO's image_info JSON of the split, with the image ids.
+        paths: paths of the profile; its categories.json has the category ids if image_info has no categories.
         out: the JSON file to write.
 
     Raises:
-        DataError: an image is not in the file, the file is none of COCO's, or nothing says the server's category ids.
+        DataError: an image is not in image_info, the file does not have COCO's layout, or the server's category ids
+            are unknown.
     """
     source = PUBLISHED.read_json(image_info)
     try:
@@ -227,7 +229,7 @@ def write_server_results(predictions: Path, image_info: Path, paths: ProfilePath
     for row in read_rows(predictions):
         name = Path(row["image"]).name
         if name not in ids:
-            raise DataError(f"{row['image']}: no image of {image_info} has that file name.")
+            raise DataError(f"{row['image']}: no image in {image_info} has this file name.")
         found.append((ids[name], [(o["desc"], o["bbox_xyxy_px"], o["score"]) for o in row["objects"]]))
     results, unmapped = coco_results(found, declared or _ids_of_one_set(paths, image_info))
     write_json(out, results)
@@ -235,11 +237,11 @@ def write_server_results(predictions: Path, image_info: Path, paths: ProfilePath
 
 
 def _ids_of_one_set(paths: ProfilePaths, image_info: Path) -> Sequence[Category]:
-    """The profile's categories, if their ids are those of its one data set."""
+    """The profile's categories, if their ids come from its single data set."""
     categories = read_categories(paths.records / "categories.json")
     if [c.id for c in categories] == list(range(1, len(categories) + 1)) and len(categories) > 1:
         raise DataError(
-            f"{image_info}: lists no categories, and those of {paths.records / 'categories.json'} are numbered 1 to "
+            f"{image_info}: has no categories, and those in {paths.records / 'categories.json'} were numbered 1 to "
             f"{len(categories)} by this project. Add the server's own `categories` (id, name) to the file."
         )
     return categories
@@ -260,7 +262,7 @@ def _facts(
     return {
         "card_data": _card_data(run, checkpoint, trained, list(sets), license_id),
         "license": license_id,
-        "base_model": Path(run.profile.model.path).name,  # never where it lies on this machine
+        "base_model": Path(run.profile.model.path).name,  # without its location on this machine
         "profile": run.params.profile,
         "checkpoint": checkpoint,
         "codec": form.codec,
@@ -281,7 +283,7 @@ def _facts(
 def _card_data(
     run: RunConfig, checkpoint: str, trained: Mapping[str, Any], sets: Sequence[str], license_id: str | None
 ) -> str:
-    """The head of the card: what the Hub reads, with the metrics as its model index."""
+    """The metadata block of the card that the Hub reads, with the metrics as its model index."""
     from huggingface_hub import EvalResult, ModelCardData
 
     name, data = f"{run.params.profile} {checkpoint}", ", ".join(sets) or "composed scenes"

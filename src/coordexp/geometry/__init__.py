@@ -1,1 +1,1 @@
-"""Boxes and the coordinate bins. The only place where rounding conventions live."""
+"""Boxes and coordinate bins: the only package that defines rounding conventions."""

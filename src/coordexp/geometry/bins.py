@@ -1,10 +1,15 @@
-"""The bin codec: 1000 bins over [0, 1], one module, one rounding rule.
+"""The bin codec: 1000 bins over [0, 1], with a single rounding rule.
 
     encode(c) = clamp(round(1000 c), 0, 999)        decode(k) = k / 1000
 
-`c` is a coordinate divided by the image width or height (never W - 1). Rounding and float decoding keep the round-trip
-error at half a bin; flooring would add a half-bin bias up and left. A coordinate in the last half bin (c > 0.9995)
-clamps to 999, so its error is at most one bin.
+`c` is a coordinate divided by the image width or height (never W - 1). Coordinates become tokens as in Pix2Seq
+(arXiv:2109.10852, section 2.1). There are 1000 bins because Qwen3-VL writes coordinates as integers from 0 to 1000
+relative to the image: a coordinate token then means what the number meant in pretraining. The resolution suffices: half
+a bin is 0.32 px in an image of 640 px.
+
+Rounding and float decoding keep the round-trip error at half a bin; flooring would add a half-bin bias up and left. The
+right border c = 1 would be bin 1000, which has no token: coordinates in the last half bin (c > 0.9995) clamp to 999, so
+their error is at most one bin.
 """
 
 from __future__ import annotations
@@ -16,23 +21,23 @@ from numpy.typing import ArrayLike, NDArray
 
 NUM_BINS = 1000
 MAX_BIN = NUM_BINS - 1
-# The surface form of a bin in text; text/vocabulary.py maps it to token ids.
+# The written form of a bin; text/vocabulary.py maps it to token ids.
 COORD_TOKENS: tuple[str, ...] = tuple(f"<|coord_{k}|>" for k in range(NUM_BINS))
 COORD_PATTERN = re.compile(r"<\|coord_(0|[1-9][0-9]{0,2})\|>")
 
 
 def encode_norm(coords: ArrayLike) -> NDArray[np.int64]:
-    """Encode coordinates in [0, 1] as bins 0..999. Values outside clamp; NaN is the caller's error."""
+    """Encode coordinates in [0, 1] as bins 0..999; values outside are clamped. The caller must exclude NaN."""
     return np.clip(np.rint(np.asarray(coords, dtype=np.float64) * NUM_BINS), 0, MAX_BIN).astype(np.int64)
 
 
 def decode_norm(bins: ArrayLike) -> NDArray[np.float64]:
-    """Decode bins (integer, or fractional from a sub-bin rule) to coordinates in [0, 1)."""
+    """Decode bins (integers, or fractions from a sub-bin readout) to coordinates in [0, 1)."""
     return np.asarray(bins, dtype=np.float64) / NUM_BINS
 
 
 def box_scale(width: int, height: int) -> NDArray[np.float64]:
-    """Return [W, H, W, H], the factor between normalised and pixel xyxy boxes."""
+    """Return [W, H, W, H], the factor between normalized and pixel xyxy boxes."""
     return np.array([width, height, width, height], dtype=np.float64)
 
 
@@ -47,6 +52,6 @@ def decode_boxes(bins: ArrayLike, width: int, height: int) -> NDArray[np.float64
 
 
 def target_bins(boxes_xyxy_px: ArrayLike, width: int, height: int) -> NDArray[np.float64]:
-    """Return unrounded targets in bin units, clipped to [0, 999]: what sub-bin losses are supervised with."""
+    """Return unrounded targets in bin units, clipped to [0, 999]: the supervision of sub-bin losses."""
     scaled = np.asarray(boxes_xyxy_px, dtype=np.float64) / box_scale(width, height) * NUM_BINS
     return np.clip(scaled, 0.0, float(MAX_BIN))

@@ -1,4 +1,4 @@
-"""Box arithmetic in numpy. Boxes are xyxy; the frame (pixels, [0, 1] or bins) is the caller's, and one per call.
+"""Box arithmetic in numpy. Boxes are xyxy, in any frame (pixels, [0, 1] or bins), but one frame per call.
 
 Shapes: N, M boxes, R pairs of boxes; the last axis is always (x1, y1, x2, y2).
 """
@@ -38,7 +38,7 @@ def paired_iou(a_R4: Boxes, b_R4: Boxes) -> NDArray[np.float64]:
 
 
 def paired_iou_giou(a_R4: Boxes, b_R4: Boxes) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """IoU, and generalised IoU in [-1, 1] (Rezatofighi et al. 2019, arXiv:1902.09630, algorithm 1); as `paired_iou`."""
+    """IoU and generalized IoU in [-1, 1] (Rezatofighi et al. 2019, arXiv:1902.09630, algorithm 1), as `paired_iou`."""
     iou, union = _iou_and_union(a_R4, b_R4)
     top_left = np.minimum(a_R4[..., :2], b_R4[..., :2])
     bottom_right = np.maximum(a_R4[..., 2:], b_R4[..., 2:])
@@ -59,13 +59,13 @@ def _iou_and_union(a_R4: Boxes, b_R4: Boxes) -> tuple[NDArray[np.float64], NDArr
 
 
 def _area_of_sides(sides: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Width times height, negative sides as 0. (On a handful of boxes `np.clip` and `np.prod` would take most time.)"""
+    """Width times height; negative sides count as 0. (For a few boxes, `np.clip` and `np.prod` would dominate.)"""
     positive = np.maximum(sides, 0.0)
     return positive[..., 0] * positive[..., 1]
 
 
 def reading_order(boxes_N4: Boxes) -> NDArray[np.int64]:
-    """Indices that sort boxes top-left first: by (y1, x1), stable; the order of objects in an answer."""
+    """Indices that sort boxes from top left by (y1, x1), stable: the order of objects in an answer."""
     return np.lexsort((boxes_N4[:, 0], boxes_N4[:, 1]))
 
 

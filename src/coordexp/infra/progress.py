@@ -1,4 +1,4 @@
-"""A bar on a terminal for what takes long, and a log that stays readable above it. Anywhere else nothing is drawn."""
+"""A progress bar on a terminal, with log lines above it. Without a terminal nothing is drawn."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from coordexp.infra.printable import raw_stderr
 
 @contextmanager
 def bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Gives what says how many of `total` are done; meanwhile a bar on stderr, if that is a terminal."""
+    """Yield a function that reports how many of `total` items are done; shows a bar if stderr is a terminal."""
     if not sys.stderr.isatty():
         yield lambda done: None
         return
@@ -21,7 +21,7 @@ def bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
     from rich.progress import MofNCompleteColumn, Progress
 
     columns = (*Progress.get_default_columns(), MofNCompleteColumn())
-    # rich sends stdout through its own console, here stderr: right only where both are the terminal.
+    # rich redirects stdout through its console, here stderr: correct only if both are the terminal.
     redirect = sys.stdout.isatty()
     with Progress(*columns, console=Console(file=raw_stderr()), transient=True, redirect_stdout=redirect) as shown:
         task = shown.add_task(what, total=total)
@@ -29,12 +29,12 @@ def bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 class StdoutHandler(logging.StreamHandler[TextIO]):
-    """Logs to what `sys.stdout` is at the time: while a bar is shown, that writes above it."""
+    """Logs to the current `sys.stdout`: rich replaces it while a bar is shown, to write above the bar."""
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
 
     @property
     def stream(self) -> TextIO:  # type: ignore[override]
-        """Where the next line goes."""
+        """The stream of the next line."""
         return sys.stdout

@@ -1,7 +1,8 @@
-"""Where a result came from, and the fingerprint that keys resume states.
+"""The origin of a result, and the fingerprint that keys resume states.
 
-What decides a result is hashed with it: `run_metadata.json` in a checkpoint holds settings and inputs. Clock, machine
-and commit decide nothing: they stand in the run record beside the outputs, so that equal runs leave equal bytes.
+What determines a result is hashed with it: `run_metadata.json` in a checkpoint holds settings and inputs. Clock,
+machine and commit determine nothing: they are in the run record next to the outputs, so that equal runs leave equal
+bytes.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from coordexp.infra.artefacts import file_sha256
 from coordexp.infra.files import write_text
 from coordexp.infra.foreign import strict_json
 
-# A run of the graph rewrites these as it goes: they say nothing about the code or the parameters.
+# A run of the graph rewrites these files, so changes in them do not mean changed code or parameters.
 WRITTEN_BY_STAGES = ("dvc.lock", "inputs", "reports")
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "scipy", "pillow", "pycocotools", "dvc")
-# Beside the weights, all that loading a checkpoint or rendering a prompt may read.
+# All files besides the weights that loading a checkpoint or rendering a prompt may read.
 ANSWER_FILES = (
     "config.json",
     "coordexp.json",
@@ -50,24 +51,24 @@ def file_hash(path: Path) -> str:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The weights of a checkpoint folder: large models come in several safetensors files."""
+    """The safetensors files of a checkpoint folder; large models have several."""
     return sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("."))
 
 
 def answer_files(folder: Path) -> list[Path]:
-    """The files of a checkpoint folder that decide what it answers, by name: weights and what else loading reads."""
+    """The files of a checkpoint folder that determine its answers, sorted by name."""
     return sorted(path for path in folder.glob("*") if decides_answer(path.name) and path.is_file())
 
 
 def decides_answer(name: str) -> bool:
-    """Whether the file of a checkpoint folder decides what it answers."""
+    """Whether a file of this name in a checkpoint folder determines its answers."""
     return name in ANSWER_FILES or (name.endswith(".safetensors") and not name.startswith("."))
 
 
 def fingerprint(settings: Mapping[str, Any], inputs: Iterable[Path]) -> str:
-    """12 hex digits over a stage's own settings and the contents of its input files: the key of its resume state.
+    """12 hex digits over a stage's settings and the contents of its input files: the key of its resume state.
 
-    Anything that changes what a step computes must be in it; a run never resumes from the state of another one.
+    It must cover everything that changes what a step computes: a run must never resume from the state of another run.
     """
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for path in sorted(inputs):
@@ -76,7 +77,7 @@ def fingerprint(settings: Mapping[str, Any], inputs: Iterable[Path]) -> str:
 
 
 def image_inputs(raw: Path) -> dict[str, Path]:
-    """The file of the raw stage that stands for every image, if it wrote one."""
+    """The file of the raw stage that represents all images, if it wrote one."""
     manifest = raw / "manifest.json"
     return {"images": manifest} if manifest.is_file() else {}
 
@@ -84,7 +85,7 @@ def image_inputs(raw: Path) -> dict[str, Path]:
 def run_metadata(
     stage: str, settings: Mapping[str, Any], inputs: Mapping[str, Path], extra: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Settings and input hashes of one run, and what it counted: the same wherever and whenever it is run."""
+    """Settings, input hashes and counts of one run; independent of time and machine."""
     return {
         "stage": stage,
         "settings": dict(settings),
@@ -94,12 +95,12 @@ def run_metadata(
 
 
 def add_to_run_record(path: Path, facts: Mapping[str, Any]) -> None:
-    """Add to the record of a run, or begin it (`ProfilePaths.run_record`)."""
+    """Add to the record of a run, or create it (`ProfilePaths.run_record`)."""
     write_json(path, read_run_record(path) | dict(facts))
 
 
 def read_run_record(path: Path) -> dict[str, Any]:
-    """The record of a run; empty where the stage did not run here, or left something else there."""
+    """The record of a run; empty if the stage did not run here, or the file is not a JSON object."""
     try:
         record = strict_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -108,7 +109,7 @@ def read_run_record(path: Path) -> dict[str, Any]:
 
 
 def run_facts(stage: str, wall_seconds: float, cpu_seconds: float) -> dict[str, Any]:
-    """What `stage_main` records of a finished run: commit, versions, machine, and time on the wall and of all CPUs."""
+    """The facts that `stage_main` records about a finished run: commit, versions, machine, wall time and CPU time."""
     return {
         "stage": stage,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -121,7 +122,7 @@ def run_facts(stage: str, wall_seconds: float, cpu_seconds: float) -> dict[str, 
 
 
 def git(*arguments: str) -> str | None:
-    """What git prints, without the white space around it; None if it fails, or is not installed."""
+    """The stripped output of a git command; None if it fails or git is not installed."""
     try:
         done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
     except FileNotFoundError:
@@ -130,7 +131,7 @@ def git(*arguments: str) -> str | None:
 
 
 def git_state() -> dict[str, Any]:
-    """Commit and whether tracked files differ from it, other than what the stages write; null outside a checkout."""
+    """The commit, and whether tracked files differ from it (files that stages write aside); null outside a checkout."""
     written = [f":(exclude,top){path}" for path in WRITTEN_BY_STAGES]
     status = git("status", "--porcelain", "--untracked-files=no", "--", ":/", *written)
     return {"commit": git("rev-parse", "HEAD"), "dirty": None if status is None else bool(status)}
@@ -147,5 +148,5 @@ def _versions() -> dict[str, str]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Indented JSON with a newline at the end, whole or not at all; parents are made."""
+    """Write indented JSON with a final newline, atomically; creates parent folders."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")

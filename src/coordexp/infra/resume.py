@@ -1,14 +1,15 @@
-"""`.resume`: what interrupted work goes on from, and who is at it.
+"""`.resume`: the saved state of interrupted work, and the locks on it.
 
-    .resume/stage1-3fa9c1.../lock         held by the process at work, whose host, id and beginning it holds
-    .resume/stage1-3fa9c1.../can-go-on    the same command goes on from here, with nothing to be mended before
+    .resume/stage1-3fa9c1.../lock         held by the working process; contains its host, process id and start time
+    .resume/stage1-3fa9c1.../can-go-on    the same command resumes from here; nothing has to be fixed first
     .resume/stage1-3fa9c1.../...          saved states, journals of answers, fresh rollouts
     .resume/can-go-on                     a stage of this repository ended with exit code 75
 
-The lock is the kernel's, which lets go of it however the process ends. A second process that wants a folder waits, and
-then finds there what the first one left. Work that ends removes its folder, or leaves it to who waits; work that an
-error ended keeps its folder without the mark. Scripts ask for a mark that is newer than their own start: it outlives
-SIGKILL, and is never there for an error that would come again.
+The key in the folder name is a fingerprint of everything that determines the result (infra/provenance.py), so a run
+can only find its own state. The lock is a kernel lock (flock), which is released however the process ends. A second
+process that needs the same folder waits, and then reuses what the first one left. Work that finishes removes its
+folder, or leaves it to a waiting process. Work that ends with an error keeps its folder without the mark. Scripts test
+for a mark that is newer than their own start: it survives SIGKILL, and is never there after an error that would recur.
 """
 
 from __future__ import annotations
@@ -36,10 +37,10 @@ log = logging.getLogger(__name__)
 
 RESUME, LOCK, WAITING, MARK = ".resume", "lock", "waiting", "can-go-on"
 POLL_S, SAID_EVERY_S = 1.0, 60.0
-BUDGET_VARIABLE, BUDGET_GB = "COORDEXP_RESUME_GB", 200.0  # of what nobody works in; beyond it the oldest goes
+BUDGET_VARIABLE, BUDGET_GB = "COORDEXP_RESUME_GB", 200.0  # above it, the oldest unused folders are removed
 DAY_S = 86400.0
 _GONE = ".gone"
-_LEASES = Gate("who holds a folder", BusyError, "")
+_LEASES = Gate("a description of the process that holds a folder", BusyError, "")
 
 
 def resume_root() -> Path:
@@ -48,13 +49,13 @@ def resume_root() -> Path:
 
 
 def resume_folder(stage: str, key: str) -> Path:
-    """Where one piece of work keeps what it goes on from."""
+    """The folder in which one piece of work keeps its state."""
     return resume_root() / f"{stage}-{key}"
 
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """Who holds a folder, since when, and for what."""
+    """The process that holds a folder, since when, and for what."""
 
     host: str
     pid: int
@@ -67,10 +68,10 @@ class Lease:
 
 @contextmanager
 def holding(folder: Path, what: str, *, waits: bool = True) -> Iterator[None]:
-    """Hold a folder for this process; without `waits`, only if nobody else does.
+    """Hold a folder for this process; without `waits`, fail if another process holds it.
 
     Raises:
-        BusyError: another process holds it.
+        BusyError: another process holds the folder.
     """
     handle, is_an_error = _acquired(folder, what, waits), True
     try:
@@ -81,7 +82,7 @@ def holding(folder: Path, what: str, *, waits: bool = True) -> Iterator[None]:
         raise
     finally:
         if is_an_error:
-            unmark(folder)  # the same command would meet it again
+            unmark(folder)  # the same command would fail again
         handle.close()
 
 
@@ -89,9 +90,11 @@ def _acquired(folder: Path, what: str, waits: bool) -> IO[str]:
     said, waiting = -SAID_EVERY_S, None
     try:
         while True:
-            with suppress(FileNotFoundError):  # its holder finished, and removed it
+            with suppress(FileNotFoundError):  # the holder finished and removed the folder
                 folder.mkdir(parents=True, exist_ok=True)
                 handle = (folder / LOCK).open("a+", encoding="utf-8")
+                # The lock belongs to the inode, not to the name: the previous holder may have removed the folder
+                # between open and flock. Then this lock protects a deleted file, and the loop tries again.
                 if _flock(handle, fcntl.LOCK_EX) and _is_at(handle, folder / LOCK):
                     lease = {"host": platform.node(), "pid": os.getpid(), "since": _now(), "what": what}
                     handle.truncate(0)
@@ -102,15 +105,16 @@ def _acquired(folder: Path, what: str, waits: bool) -> IO[str]:
                 handle.close()
                 if not waits:
                     raise BusyError(
-                        f"{folder}: {owner or 'another process'} works in it. One at a time: wait for it, or stop it "
-                        "and run this again."
+                        f"{folder}: in use by {owner or 'another process'}. Expected one process at a time: wait for "
+                        "it, or stop it and run this again."
                     )
+                # A shared lock on a second file tells the holder (`finish`) not to remove the folder.
                 if waiting is None or not _is_at(waiting, folder / WAITING):
                     waiting = (folder / WAITING).open("a")
                     _flock(waiting, fcntl.LOCK_SH)
                 if time.monotonic() - said >= SAID_EVERY_S:
                     said = time.monotonic()
-                    log.info("waiting for %s, which works in %s", owner or "another process", folder)
+                    log.info("waiting for %s, which uses %s", owner or "another process", folder)
             time.sleep(POLL_S)
     finally:
         if waiting:
@@ -126,7 +130,7 @@ def _flock(handle: IO[Any], kind: int) -> bool:
 
 
 def _is_at(handle: IO[Any], path: Path) -> bool:
-    """Whether an open file is still the one of this name."""
+    """Whether an open file is still the file at this path."""
     try:
         return os.path.samestat(os.fstat(handle.fileno()), path.stat())
     except FileNotFoundError:
@@ -138,7 +142,7 @@ def _now() -> str:
 
 
 def holder(folder: Path) -> Lease | None:
-    """Who holds a folder; None if nobody does, or does not say."""
+    """The process that holds a folder; None if it is free or the holder is unknown."""
     try:
         with (folder / LOCK).open("r+", encoding="utf-8") as handle:
             if _flock(handle, fcntl.LOCK_EX):
@@ -149,7 +153,7 @@ def holder(folder: Path) -> Lease | None:
 
 
 def is_held(folder: Path) -> bool:
-    """Whether a process works in a folder."""
+    """Whether a process holds a folder."""
     try:
         with (folder / LOCK).open("r+") as handle:
             return not _flock(handle, fcntl.LOCK_EX)
@@ -158,7 +162,7 @@ def is_held(folder: Path) -> bool:
 
 
 def finish(folder: Path) -> None:
-    """Remove a folder that this process holds and whose work is done; for who waits for it, it stays."""
+    """Remove a folder that this process holds and whose work is done, unless another process waits for it."""
     with suppress(FileNotFoundError), (folder / WAITING).open("r+") as handle:
         if not _flock(handle, fcntl.LOCK_EX):
             return
@@ -166,20 +170,20 @@ def finish(folder: Path) -> None:
 
 
 def _discard(folder: Path) -> None:
-    """Remove a folder in which others may just look for its lock: under another name, so that nothing new comes."""
+    """Remove a folder that other processes may be opening: it is renamed first, so that they create a new one."""
     gone = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}{_GONE}")
     folder.rename(gone)
     remove(gone)
 
 
 def mark(folder: Path) -> None:
-    """Say that the same command goes on from what this folder holds."""
+    """Mark a folder: the same command resumes from its content."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / MARK).touch()  # perhaps by several processes at once
+    (folder / MARK).touch()  # safe for several processes at once
 
 
 def unmark(folder: Path) -> None:
-    """Say that something must be mended first."""
+    """Remove the mark: something must be fixed before the command can resume."""
     (folder / MARK).unlink(missing_ok=True)
 
 
@@ -196,19 +200,19 @@ class Kept:
 
     @property
     def is_empty(self) -> bool:
-        """Whether there is nothing but the lock and marks."""
+        """Whether it contains only the lock and marks."""
         return self.n_bytes == 0
 
     @property
     def state(self) -> str:
-        """In words."""
+        """The state in words."""
         if self.is_held:
             return f"in use by {self.lease or 'another process'}"
-        return "empty" if self.is_empty else "can go on" if self.can_go_on else "stopped by an error, or a cache"
+        return "empty" if self.is_empty else "can resume" if self.can_go_on else "stopped by an error, or a cache"
 
 
 def kept(root: Path) -> list[Kept]:
-    """What `.resume` holds, the oldest first."""
+    """The folders of `.resume`, oldest first."""
     folders = [path for path in root.glob("*-*") if path.is_dir() and not path.name.startswith(".")]
     return sorted(filter(None, map(_kept, folders)), key=lambda one: -one.age_s)
 
@@ -221,20 +225,20 @@ def _kept(folder: Path) -> Kept | None:
             newest = max(newest, found.st_mtime)
             n_bytes += found.st_size if path.is_file() and path.name not in (LOCK, WAITING, MARK) else 0
         newest = newest or folder.stat().st_mtime
-    except FileNotFoundError:  # its work ended meanwhile
+    except FileNotFoundError:  # its work finished meanwhile
         return None
     is_marked = (folder / MARK).is_file()
     return Kept(folder, n_bytes, time.time() - newest, is_marked, holder(folder), is_held(folder))
 
 
 def clean(root: Path, older_than_days: float) -> list[Kept]:
-    """Remove what nobody works in and is empty or that old; returns what went."""
+    """Remove folders that are not in use and are empty or older than this; returns the removed ones."""
     return [one for one in kept(root) if (one.is_empty or one.age_s > older_than_days * DAY_S) and _removed(one)]
 
 
 def keep_within_budget(root: Path) -> None:
-    """Remove the oldest of what nobody works in and cannot go on, until all of it fits the budget."""
-    for half in root.glob(f".*{_GONE}"):  # of a process that was killed there
+    """Remove folders that are not in use and cannot resume, oldest first, until the total fits the budget."""
+    for half in root.glob(f".*{_GONE}"):  # left by a process that was killed while removing
         shutil.rmtree(half, ignore_errors=True)
     budget = float(os.environ.get(BUDGET_VARIABLE, BUDGET_GB)) * 1e9
     folders = kept(root)
@@ -242,15 +246,15 @@ def keep_within_budget(root: Path) -> None:
     for one in folders:
         if total > budget and not one.can_go_on and _removed(one):
             total -= one.n_bytes
-            log.info("%s removed: %s is larger than %.0f GB (%s)", one.folder, root, budget / 1e9, BUDGET_VARIABLE)
+            log.info("removed %s: %s is larger than %.0f GB (%s)", one.folder, root, budget / 1e9, BUDGET_VARIABLE)
     if total > budget:
         log.warning(
-            "%s holds %.0f GB, of which nothing may be removed: `coordexp runs --state` lists it.", root, total / 1e9
+            "%s holds %.0f GB, and nothing in it may be removed: `coordexp runs --state` lists it.", root, total / 1e9
         )
 
 
 def _removed(one: Kept) -> bool:
-    """Remove a folder unless a process works in it."""
+    """Remove a folder unless a process uses it."""
     try:
         with holding(one.folder, "cleaning up", waits=False):
             _discard(one.folder)

@@ -1,9 +1,10 @@
-"""How a stage ends on SIGTERM and Ctrl-C: with exit code 75, and a mark that the same command goes on.
+"""How a stage ends on SIGTERM and Ctrl-C: with exit code 75, and a mark that the same command resumes it.
 
-Before anything was done it ends at once, in the middle of heavy imports too. At work the first signal is an exception,
-which closes what is open; training turns it into a stop after the step instead (training/recorder.py). A second Ctrl-C
-ends the process there and then: what is on disk is whole at any time, and servers and workers end with it. (A second
-SIGTERM means nothing: launchers pass on one of their own beside the Ctrl-C that reaches all processes of a terminal.)
+Before the work starts, also during heavy imports, a signal ends the process at once. During the work, the first signal
+raises an exception, which closes open resources; training instead stops after the current step (training/recorder.py).
+A second Ctrl-C ends the process immediately. That is safe: files on disk are complete at any time, and servers and
+workers end with the process. A second SIGTERM is ignored, because launchers forward one of their own in addition to the
+Ctrl-C that reaches all processes of a terminal.
 """
 
 from __future__ import annotations
@@ -23,23 +24,23 @@ _STOPS = (signal.SIGINT, signal.SIGTERM)
 
 
 def leave(number: int, _frame: FrameType | None = None) -> NoReturn:
-    """End the process now."""
-    with suppress(OSError):  # a disk that is full, or not ours to write to
+    """End the process immediately."""
+    with suppress(OSError):  # the disk is full or not writable
         mark(resume_root())
-    sys.stderr.write(f"interrupted: ended at once by signal {number}; run the same command again.\n")
+    sys.stderr.write(f"interrupted: ended at once by signal {number}; run the same command again to resume.\n")
     sys.stderr.flush()
     os._exit(EXIT_INTERRUPTED)
 
 
 def leave_on_signals() -> None:
-    """From here on a signal ends the process at once: before it has begun."""
+    """From now on, a signal ends the process at once: the work has not started."""
     for number in _STOPS:
         _handle(number, leave)
 
 
 @contextmanager
 def interrupted_by_signals() -> Iterator[None]:
-    """Within the block the first signal raises KeyboardInterrupt, and a Ctrl-C after it ends the process."""
+    """Within the block, the first signal raises KeyboardInterrupt, and a later Ctrl-C ends the process."""
     before = {number: signal.getsignal(number) for number in _STOPS}
     for number in _STOPS:
         _handle(number, _interrupt)
@@ -57,6 +58,6 @@ def _interrupt(number: int, _frame: FrameType | None) -> NoReturn:
 
 
 def _handle(number: int, handler: signal._HANDLER) -> None:
-    """Set a handler, unless who started this process wants the signal ignored, as shells do for jobs in background."""
+    """Set a handler, unless the parent process ignores the signal, as shells do for background jobs."""
     if signal.getsignal(number) is not signal.SIG_IGN:
         signal.signal(number, handler)

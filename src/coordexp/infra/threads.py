@@ -1,8 +1,8 @@
-"""What the tensor library reads before it starts: CPU threads, how long an idle one waits, and its allocator on CUDA.
+"""Settings that torch reads when it is loaded: CPU threads, spinning of idle threads, and the CUDA allocator.
 
-GNU OpenMP, which torch computes with, lets an idle thread spin for long. On cores that other processes want too, the
-threads that work then wait for those that spin: a training step takes 2 to 4 times as long (benchmarks/NOTES.md). A
-bounded spin costs nothing that can be measured on idle cores. The library reads the bound once, when it is loaded.
+GNU OpenMP, which torch uses, lets idle threads spin for a long time. On cores that other processes need, too, working
+threads then wait for spinning ones: a training step takes 2 to 4 times as long (benchmarks/NOTES.md). On idle cores a
+bounded spin has no measurable cost. The library reads the bound once, when it is loaded.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from coordexp.infra.files import write_text
 
 SPIN_NAME, SPIN_ROUNDS = "GOMP_SPINCOUNT", "20000"
-POLICY_NAME = "OMP_WAIT_POLICY"  # says the same in words; whoever sets it has decided
+POLICY_NAME = "OMP_WAIT_POLICY"  # the portable setting of the same; if the user sets it, it is respected
 COUNT_NAME = "OMP_NUM_THREADS"
 CUDA_ALLOCATOR_NAMES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")  # every version of torch reads the first
 COUNT_FILE, MAX_THREADS = "threads", 1024
@@ -25,22 +25,23 @@ _QUOTA = Path("/sys/fs/cgroup/cpu.max")  # microseconds of CPU time per period, 
 
 
 def bound_spinning(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Bound the spinning of idle threads unless the environment says how they wait; before torch is imported."""
+    """Bound the spinning of idle threads unless the environment sets a policy; call before torch is imported."""
     if POLICY_NAME not in environment:
         environment.setdefault(SPIN_NAME, SPIN_ROUNDS)
 
 
 def let_segments_grow(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Let torch's allocator on CUDA extend its segments, unless the environment says how it works; before it starts.
+    """Let torch's CUDA allocator extend its segments unless the environment configures it; call before it starts.
 
-    Packs differ in width from step to step: with segments of fixed sizes, what one step freed would not serve the next.
+    Packs differ in width from step to step. With segments of fixed size, memory that one step freed would not fit the
+    tensors of the next (fragmentation).
     """
     if not any(name in environment for name in CUDA_ALLOCATOR_NAMES):
         environment[CUDA_ALLOCATOR_NAMES[0]] = "expandable_segments:True"
 
 
 def usable_cores(quota_file: Path = _QUOTA) -> int:
-    """Cores that this process may use: its affinity, and what a container grants it, at least 1."""
+    """Number of cores that this process may use, from its CPU affinity and the container's quota; at least 1."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         granted, period = quota_file.read_text(encoding="ascii").split()
@@ -50,16 +51,16 @@ def usable_cores(quota_file: Path = _QUOTA) -> int:
 
 
 def set_threads(wanted: int, log: logging.Logger, quota_file: Path = _QUOTA) -> int | None:
-    """Set the number of threads of the tensor library, loaded or not, and log it with the reason.
+    """Set the number of threads of torch, loaded or not, and log it with the reason.
 
     Args:
-        wanted: number of threads (`launch.threads`); 0 leaves the choice to the library, which knows the cores but not
-            what a container grants: then it gets no more than that.
-        log: where the line goes.
-        quota_file: what the container grants.
+        wanted: number of threads (`launch.threads`). 0 leaves the choice to torch, limited to the quota of the
+            container, which torch does not know.
+        log: receives the log line.
+        quota_file: the CPU quota of the container.
 
     Returns:
-        The number that was set; None if the library chooses.
+        The number that was set; None if torch chooses.
     """
     cores = usable_cores(quota_file)
     chosen, reason = _choose(wanted, cores, usable_cores(Path(os.devnull)))
@@ -74,17 +75,19 @@ def set_threads(wanted: int, log: logging.Logger, quota_file: Path = _QUOTA) -> 
 
 
 def hold_threads(folder: Path, log: logging.Logger, *, writes: bool = True) -> None:
-    """Let torch compute with as many threads as the run in `folder` began with, and say so if it had others.
+    """Use as many threads as the run in `folder` started with, and log a warning if that changes the number.
 
-    Sums over other numbers of threads are rounded otherwise: a resumed run would end in other bytes. With `writes`, a
-    run that begins here leaves its number for those that go on with it.
+    Floating-point addition is not associative: another number of threads splits sums differently, and a resumed run
+    would end with different bytes. With `writes`, a new run stores its number for later resumption.
     """
     torch, path = sys.modules["torch"], folder / COUNT_FILE
     now = torch.get_num_threads()
     said = path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else ""
     if said.isdecimal() and 0 < int(said) <= MAX_THREADS:
         if int(said) != now:
-            log.warning("threads: %s, with which this run began, and not %d: so its sums stay the same.", said, now)
+            log.warning(
+                "threads: %s instead of %d: this run started with them, and its sums depend on them.", said, now
+            )
             torch.set_num_threads(int(said))
     elif writes:
         write_text(path, f"{now}\n")
@@ -96,8 +99,8 @@ def _choose(wanted: int, usable: int, present: int) -> tuple[int | None, str]:
     if COUNT_NAME in os.environ:
         return None, f"{COUNT_NAME}={os.environ[COUNT_NAME]}"
     if usable < present:
-        return usable, "what this container grants"
-    return None, "the tensor library's choice"
+        return usable, "the quota of this container"
+    return None, "chosen by torch"
 
 
 def _spin() -> str:

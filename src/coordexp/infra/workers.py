@@ -1,6 +1,6 @@
-"""Processes that share the work of one on this machine's CPUs: how many, and their results in the order of the work.
+"""Worker processes that share CPU work on this machine and return results in the order of the items.
 
-They are forks: what all of them need, such as the facts of a million pictures, is there without being sent or copied.
+They are forks: shared data, such as the facts of a million images, is available without being sent or copied.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from coordexp.infra.threads import usable_cores
 T = TypeVar("T")
 R = TypeVar("R")
 
-WORKERS_VARIABLE = "COORDEXP_WORKERS"  # in the environment: how many there are; without it, one for each core
+WORKERS_VARIABLE = "COORDEXP_WORKERS"  # environment variable: number of workers; default: one per core
 MAX_WORKERS = 256
-BATCH = 200  # items of one call: enough that sending them costs little
-_WAITING = 2  # batches for each process that are under way or wait for it
+BATCH = 200  # items per call: enough to make the cost of sending them negligible
+_WAITING = 2  # batches per process that are in progress or queued
 
 _work: Callable[[list[Any]], Any]  # in a worker process
 
 
 def worker_count() -> int:
-    """How many processes, or threads, read annotations and pictures; no result depends on it.
+    """Number of processes or threads that read annotations and images; results do not depend on it.
 
     Raises:
-        ConfigError: the environment names no such number.
+        ConfigError: the environment variable is not a valid number.
     """
     wanted = os.environ.get(WORKERS_VARIABLE, "")
     if not wanted:
@@ -45,18 +45,18 @@ def worker_count() -> int:
 
 
 def map_batches(work: Callable[[list[T]], R], items: Iterable[T], workers: int) -> Iterator[R]:
-    """What `work` makes of each `BATCH` of the items, in their order.
+    """Apply `work` to every `BATCH` of the items and yield the results in order.
 
-    The first batch is done by this process, and the others by up to `workers` of them, no more than there are batches.
-    Errors are those of one process: that of the first batch that has one.
+    This process does the first batch; up to `workers` processes do the others, at most one per batch. An error is the
+    one that a single process would raise: that of the first failing batch.
 
     Args:
-        work: takes a list of items; it is inherited by the processes, what it returns is sent back.
-        items: read by this process, no further ahead than the processes need.
-        workers: how many processes; with 1 this one does it all.
+        work: takes a list of items. The workers inherit it by fork; its results are sent back.
+        items: read by this process, no further ahead than the workers need.
+        workers: number of processes; with 1, this process does all the work.
 
     Raises:
-        ProcessError: a process ended before its work was done.
+        ProcessError: a worker ended before its work was done.
     """
     batches = _batches(items)
     for first in batches:
@@ -71,7 +71,7 @@ def map_batches(work: Callable[[list[T]], R], items: Iterable[T], workers: int) 
     coming: deque[Future[R]] = deque()
     try:
         for found in chain(ahead, waiting):
-            if isinstance(found, CoordExpError):  # what is wrong in the items before it comes first
+            if isinstance(found, CoordExpError):  # errors of earlier batches come first
                 yield from (future.result() for future in coming)
                 raise found
             coming.append(pool.submit(_call, found))
@@ -81,8 +81,8 @@ def map_batches(work: Callable[[list[T]], R], items: Iterable[T], workers: int) 
             yield coming.popleft().result()
     except BrokenProcessPool as error:
         raise ProcessError(
-            f"one of the {workers} processes that read the data ended before its work was done: killed, or out of "
-            f"memory. Run the same command again; if memory ran short, with a smaller {WORKERS_VARIABLE}."
+            f"one of the {workers} processes that read the data ended early: it was killed or ran out of memory. Run "
+            f"the same command again; if memory was short, set {WORKERS_VARIABLE} to a smaller number."
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
@@ -112,7 +112,7 @@ def _call(items: list[Any]) -> Any:
 
 
 def begin_worker() -> None:
-    """Make this process one that ends with the process that started it, and leaves Ctrl-C to that one."""
+    """Make this process end together with its parent, and leave Ctrl-C to the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_end_with_parent, daemon=True).start()

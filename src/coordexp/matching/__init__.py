@@ -1,1 +1,1 @@
-"""Which prediction is which object: pair cost, gate, and one-to-one assignment."""
+"""One-to-one matching of predictions to annotated objects: pair cost, gate, and assignment."""

@@ -1,11 +1,12 @@
-"""Which prediction is which object: pair cost, gate, and one-to-one assignment, as in DETR's matcher.
+"""One-to-one matching of predictions to annotated objects: pair cost, gate, and assignment.
 
-    cost    lambda_l1 * L1 + lambda_iou * (1 - GIoU) + lambda_sem * distance of the names
-    gate    pairs of too little IoU, or too far apart, are forbidden
-    match   as many allowed pairs as possible, at the least total cost (Hungarian algorithm)
+    cost    lambda_l1 * L1 + lambda_iou * (1 - GIoU) + lambda_sem * distance of the descriptions
+    gate    pairs with too low an IoU, or too large an L1 distance, are forbidden
+    match   the maximum number of allowed pairs, at the minimum total cost
 
-Gating comes before the assignment: gated afterwards, an object can be spent on a partner that is then refused, while a
-good prediction of it goes unmatched.
+This is the bipartite matching of DETR (arXiv:2005.12872, section 3.1, eq. 1) with a gate. The gate is applied before
+the assignment. Applied afterwards, an object could be assigned to a partner that is then rejected, while a good
+prediction of it stays unmatched.
 
 Shapes: N predictions and M annotated objects of an image, P matched pairs; I images, R rows (`pair_rows`: pairs of a
 prediction and an object of the same image), C matched rows. Boxes are xyxy in [0, 1].
@@ -26,22 +27,22 @@ from coordexp.errors import ConfigError
 from coordexp.geometry.boxes import Boxes, as_boxes, paired_iou_giou
 from coordexp.matching.pair_rows import Ints, PairRows, place_within, starts
 
-# Equal costs (duplicates, symmetric neighbours) go to the earlier prediction and the earlier object. Order decides only
-# between costs closer than this, a millionth of a bin.
+# With equal costs (duplicates, symmetric neighbors), the earlier prediction and the earlier object win; the solver's
+# own choice among equals is not specified. Order decides only between costs closer than this, a millionth of a bin.
 _TIE_BREAK = 1e-9
-_ROWS_AT_ONCE = 2**14  # what is computed on the way stays in the processor's cache
+_ROWS_AT_ONCE = 2**14  # keeps intermediate arrays in the CPU cache
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MatchResult:
-    """Matched pairs, rising in the prediction index, and what is left over.
+    """Matched pairs, in ascending order of the prediction index, and the unmatched rest.
 
     Attributes:
         pairs: (P, 2) indices of prediction and object.
-        unmatched_pred: rising indices of predictions without an object.
-        unmatched_gt: rising indices of objects without a prediction.
+        unmatched_pred: ascending indices of predictions without an object.
+        unmatched_gt: ascending indices of objects without a prediction.
         iou_P: IoU of each pair.
-        rejected_pred: number of predictions that the gate lets near no object at all.
+        rejected_pred: number of predictions for which the gate allows no object at all.
     """
 
     pairs: Ints
@@ -57,13 +58,13 @@ def match(
     params: MatchingParams,
     semantic_NM: NDArray[np.floating] | None = None,
 ) -> MatchResult:
-    """Match as many pairs of one image as the gate allows, at the least total cost.
+    """Match the maximum number of pairs of one image that the gate allows, at the minimum total cost.
 
     Args:
         pred_boxes_N4: predicted boxes, in the order of generation; N may be 0.
         gt_boxes_M4: annotated boxes; M may be 0.
         params: cost weights and gate.
-        semantic_NM: description distances, needed if `params.lambda_sem` is positive.
+        semantic_NM: description distances, required if `params.lambda_sem` is positive.
     """
     return match_images([pred_boxes_N4], [gt_boxes_M4], params, None if semantic_NM is None else [semantic_NM])[0]
 
@@ -74,7 +75,7 @@ def match_images(
     params: MatchingParams,
     semantic: Sequence[NDArray[np.floating]] | None = None,
 ) -> list[MatchResult]:
-    """`match` for many images, which takes a fraction of the time of as many calls."""
+    """`match` for many images, much faster than one call per image."""
     pred, gt = [as_boxes(boxes) for boxes in pred_boxes], [as_boxes(boxes) for boxes in gt_boxes]
     results: list[MatchResult] = []
     for part in _parts([len(p) * len(g) for p, g in zip(pred, gt, strict=True)]):
@@ -88,7 +89,7 @@ def match_images(
 def _match_part(
     pred: Sequence[Boxes], gt: Sequence[Boxes], params: MatchingParams, semantic_R: NDArray[np.floating] | None
 ) -> list[MatchResult]:
-    """Cost, gate, assignment and results of some images at once."""
+    """Cost, gate, assignment and results of several images at once."""
     rows = PairRows.of([len(boxes) for boxes in pred], [len(boxes) for boxes in gt])
     between = Pairs.of(np.concatenate(pred)[rows.pred_R], np.concatenate(gt)[rows.gt_R])
     allowed_R = gate_mask(between, params)
@@ -99,7 +100,7 @@ def _match_part(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Pairs:
-    """How predictions lie to objects, each of shape (R,): what cost and gate are made of."""
+    """The geometric terms of cost and gate, each of shape (R,)."""
 
     l1_R: NDArray[np.float64]
     iou_R: NDArray[np.float64]
@@ -126,8 +127,8 @@ def pair_cost(
     if params.lambda_sem > 0:
         if semantic_R is None:
             raise ConfigError(
-                f"matching.lambda_sem is {params.lambda_sem}, but this matching computes no description distances; "
-                "set it to 0, or give the distances (text.meaning.name_distance)."
+                f"matching.lambda_sem is {params.lambda_sem}, but this matching has no description distances; set it "
+                "to 0, or pass the distances (text.meaning.name_distance)."
             )
         assert semantic_R.shape == cost_R.shape, (semantic_R.shape, cost_R.shape)
         cost_R += params.lambda_sem * semantic_R
@@ -135,14 +136,18 @@ def pair_cost(
 
 
 def gate_mask(pairs: Pairs, params: MatchingParams) -> NDArray[np.bool_]:
-    """True where a pair may be matched, shape (R,). The threshold itself passes."""
+    """True where a pair may be matched, shape (R,); a value equal to the threshold passes."""
     if params.gate == "iou":
         return pairs.iou_R >= params.gate_threshold
     return pairs.l1_R <= params.gate_threshold
 
 
 def _assign(rows: PairRows, cost_R: NDArray[np.float64], allowed_R: NDArray[np.bool_]) -> Ints:
-    """Rows of the cheapest among the largest assignments of allowed pairs, image by image."""
+    """Rows of the assignment with the most allowed pairs and, among those, the minimum cost, image by image.
+
+    The images are ragged (N x M differs), so each is a block of consecutive rows that is reshaped for the solver:
+    scipy's modified Jonker-Volgenant algorithm (Crouse 2016, doi:10.1109/TAES.2016.140952), exact in O(n^3).
+    """
     start = starts(rows.n_rows_I)
     n_allowed_I = np.diff(starts(allowed_R.astype(np.int64))[start]).astype(np.int64)
     some = np.flatnonzero(n_allowed_I)
@@ -150,8 +155,9 @@ def _assign(rows: PairRows, cost_R: NDArray[np.float64], allowed_R: NDArray[np.b
         return np.empty(0, np.int64)
     allowed_costs, first_allowed = cost_R[allowed_R], starts(n_allowed_I[some])[:-1]
     low, high = (extreme.reduceat(allowed_costs, first_allowed) for extreme in (np.minimum, np.maximum))
-    # One forbidden pair costs more than any rearrangement of allowed ones can save. A bound, not a huge constant, so
-    # that the solver keeps its precision.
+    # The solver always assigns min(N, M) pairs, so forbidden pairs get a finite cost and are removed afterwards. One
+    # forbidden pair must cost more than any rearrangement of allowed pairs can save: then the number of allowed pairs
+    # is maximal. This is the smallest such bound; with a huge constant, the solver's float64 sums would lose the costs.
     forbidden_I = np.zeros(len(n_allowed_I))
     forbidden_I[some] = 1.0 + high + np.minimum(rows.n_pred_I, rows.n_gt_I)[some] * (high - low)
     solved_R = np.where(allowed_R, cost_R, np.repeat(forbidden_I, rows.n_rows_I))
@@ -171,7 +177,7 @@ def paired_l1(pred_boxes_R4: Boxes, gt_boxes_R4: Boxes) -> NDArray[np.float64]:
 
 
 def _parts(n_rows_I: Sequence[int]) -> Iterator[slice]:
-    """Consecutive images with not many rows together, at least one image each."""
+    """Split images into consecutive parts of at most _ROWS_AT_ONCE rows, but at least one image each."""
     first, rows = 0, 0
     for i, n_rows in enumerate(n_rows_I):
         if i > first and rows + n_rows > _ROWS_AT_ONCE:
@@ -185,7 +191,7 @@ def _parts(n_rows_I: Sequence[int]) -> Iterator[slice]:
 def _results(
     rows: PairRows, allowed_R: NDArray[np.bool_], chosen_C: Ints, iou_C: NDArray[np.float64]
 ) -> list[MatchResult]:
-    """Cut what was found for all images into images, with places counted within them."""
+    """Split the results of all images into one per image, with indices counted within the image."""
     n_pred_I, n_gt_I = rows.n_pred_I, rows.n_gt_I
     place_P, place_G = place_within(n_pred_I), place_within(n_gt_I)
     image_P = np.repeat(np.arange(len(n_pred_I)), n_pred_I)
@@ -210,5 +216,5 @@ def _results(
 
 
 def _cut(values: NDArray, counts: Ints) -> Iterator[NDArray]:
-    """Consecutive pieces of so many values."""
+    """Split values into consecutive pieces of these lengths."""
     return (values[begin:end] for begin, end in pairwise(starts(counts).tolist()))

@@ -1,4 +1,4 @@
-"""Counts of matched objects, and the ratios made from them. Counts add up over images; ratios never do."""
+"""Counts of matched objects, and the ratios computed from them. Counts can be added over images; ratios cannot."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _Z95 = NormalDist().inv_cdf(0.975)
 class MatchCounts:
     """Sums over any number of images: predictions, annotated objects, matched pairs, and the IoU of those pairs.
 
-    A ratio is None where there is nothing to judge: precision without a prediction, recall and F1 without an object.
+    An undefined ratio is None: precision without predictions, recall and F1 without objects.
     """
 
     n_pred: int = 0
@@ -69,16 +69,16 @@ class MatchCounts:
 
     @property
     def f1(self) -> float | None:
-        """Harmonic mean of precision and recall, 0 where objects meet no prediction; None without objects."""
+        """Harmonic mean of precision and recall, 0 without predictions; None without objects."""
         counts = (self.n_matched, self.n_false_positive, self.n_false_negative)
         return float(f1_from_counts(counts)) if self.n_gt else None
 
     @property
     def intervals(self) -> dict[str, tuple[float, float] | None]:
-        """95 % intervals of precision, recall and F1, as if boxes and objects were drawn one by one.
+        """95 % intervals of precision, recall and F1, as if boxes and objects were sampled independently.
 
-        Each is Wilson's of a fraction. That of F1 is J = TP / (TP + FP + FN), of which F1 = 2 J / (1 + J) is a rising
-        function.
+        Each is a Wilson interval of a fraction. For F1 the fraction is J = TP / (TP + FP + FN); its bounds map to F1
+        by the monotonic function F1 = 2 J / (1 + J).
         """
         n_matched, n_either = self.n_matched, self.n_pred + self.n_gt - self.n_matched
         jaccard = wilson(n_matched, n_either) if self.n_gt else None
@@ -95,25 +95,25 @@ class MatchCounts:
 
 
 def f1_from_counts(counts: NDArray | tuple[int, int, int]) -> NDArray[np.float64]:
-    """F1 = 2 TP / (2 TP + FP + FN) of (..., 3) counts tp, fp, fn summed over images; NaN where no object is counted."""
+    """F1 = 2 TP / (2 TP + FP + FN) of (..., 3) counts tp, fp, fn summed over images; NaN without objects."""
     tp, fp, fn = np.moveaxis(np.asarray(counts, dtype=np.float64), -1, 0)
     return np.divide(2 * tp, 2 * tp + fp + fn, out=np.full_like(tp, np.nan), where=tp + fn > 0)
 
 
 def wilson(hits: int, n: int) -> tuple[float, float]:
-    """95 % interval of a fraction (Wilson 1927)."""
+    """95 % score interval of a fraction (Wilson 1927, doi:10.1080/01621459.1927.10502953)."""
     fraction, z2 = hits / n, _Z95**2
     center = (fraction + z2 / (2 * n)) / (1 + z2 / n)
     half = _Z95 / (1 + z2 / n) * float(np.sqrt(fraction * (1 - fraction) / n + z2 / (4 * n**2)))
-    # Exactly 0 and 1 at the ends, where rounding would leave the fraction outside its own interval.
+    # Exactly 0 and 1 at the ends: rounding errors would otherwise put the fraction outside its own interval.
     return 0.0 if hits == 0 else center - half, 1.0 if hits == n else center + half
 
 
 def rounded_ratio(ratio: float | None) -> float | None:
-    """A ratio with the four digits it is written with; None (JSON's null) stays None."""
+    """A ratio rounded to the four digits that are written; None (JSON null) stays None."""
     return None if ratio is None else round(ratio, 4)
 
 
 def ratio_text(ratio: float | None) -> str:
-    """A ratio for a log line."""
+    """Format a ratio for a log line."""
     return "undefined" if ratio is None else f"{ratio:.3f}"

@@ -1,1 +1,1 @@
-"""Qwen3-VL: loading, the tiny architecture, vocabulary expansion, and forwards that return hidden states."""
+"""Qwen3-VL: loading, vocabulary expansion, adapters, attention, and forward passes that return hidden states."""

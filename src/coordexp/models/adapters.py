@@ -1,12 +1,13 @@
-"""What of a model trains: all of it, some parts, or low-rank adapters on them; and the way back to plain weights.
+"""Select the trained parameters of a model (all, some parts, or low-rank adapters), and undo it to plain weights.
 
     undo = apply_tuning(model, profile.tuning, coord)   # freezes, wraps
     ...train...
     undo()                                              # merges: the model is a plain checkpoint again
 
-Adapters are PEFT's (LoRA: Hu et al., 2106.09685; DoRA: Liu et al., 2402.09353), injected in place, so whoever holds the
-model keeps holding it. The 1000 coordinate rows train in every mode, as rows (models/coordinate_rows.py) and not as
-low-rank updates: a served adapter cannot carry embedding rows, so what a stage leaves is always merged.
+Adapters are those of PEFT (LoRA: Hu et al., arXiv:2106.09685, eq. 3; DoRA: Liu et al., arXiv:2402.09353), injected in
+place, so that references to the model stay valid. The 1000 coordinate embedding rows are trained in every mode, as
+full rows (models/coordinate_rows.py): new tokens start from scratch, and a low-rank update of the whole table is not
+enough for them. A served adapter cannot carry embedding rows, so stages always write merged weights.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ EMBEDDING, HEAD = "embed_tokens", "lm_head"
 
 
 def part_of(parameter: str) -> str:
-    """The part that a parameter belongs to by its name: vision, projector or language (embedding and head included)."""
+    """The part of a parameter, from its name: vision, projector or language (which includes embedding and head)."""
     if re.match(r"model\.visual\.(merger|deepstack_merger_list)\.", parameter):
         return "projector"
     return "vision" if parameter.startswith("model.visual.") else "language"
@@ -48,12 +49,12 @@ def apply_tuning(
     coord: CoordVocabulary,
     frozen_dtype: torch.dtype = torch.float32,
 ) -> Callable[[], None]:
-    """Freeze and wrap the model in place; returns what merges the adapters and makes all of it trainable again.
+    """Freeze and wrap the model in place; returns a function that merges the adapters and unfreezes all parameters.
 
-    What is frozen is held in `frozen_dtype` until then.
+    Until then, frozen weights are stored in `frozen_dtype`.
 
     Raises:
-        ConfigError: adapters are asked for and PEFT is not installed.
+        ConfigError: the tuning method needs PEFT, which is not installed.
     """
     merge = _freeze(model, tuning) if tuning.method == "full" else _inject(model, tuning)
     recomputed = _recompute(model, tuning)
@@ -75,7 +76,7 @@ def apply_tuning(
 
 
 def _recompute(model: Qwen3VLForConditionalGeneration, tuning: TuningConfig) -> list[PreTrainedModel]:
-    """The parts whose layers keep only their input, and compute the rest again in the backward pass."""
+    """Enable activation recomputation (Chen et al., arXiv:1604.06174) in the configured parts; returns these parts."""
     wanted = {"vision": tuning.vision_activations, "language": tuning.activations}
     parts = {"vision": model.model.visual, "language": model.model.language_model}
     recomputed = [parts[name] for name, how in wanted.items() if how == "recompute"]
@@ -92,12 +93,13 @@ def _freeze(model: Qwen3VLForConditionalGeneration, tuning: TuningConfig) -> Cal
 
 
 def _hold_frozen(model: nn.Module, dtype: torch.dtype) -> Callable[[], None]:
-    """Hold what does not train in `dtype`; returns what puts it back, where rounding changed it from a copy."""
+    """Cast frozen weights to `dtype`; returns a function that restores them, from copies if they were rounded."""
     rounded: list[tuple[nn.Parameter, Tensor]] = []
     changed = [p for p in model.parameters() if not p.requires_grad and p.dtype != dtype]
     for parameter in changed:
         before, parameter.data = parameter.data, parameter.data.to(dtype)
-        if not torch.equal(parameter.data.to(before.dtype), before):  # a pretrained model is in bfloat16 already
+        # A pretrained model comes in bfloat16: the cast is exact then, and no copy is needed.
+        if not torch.equal(parameter.data.to(before.dtype), before):
             rounded.append((parameter, before.cpu()))
 
     def restore() -> None:
@@ -134,12 +136,13 @@ def _inject(model: Qwen3VLForConditionalGeneration, tuning: TuningConfig) -> Cal
 
 
 def merged_weights(model: Qwen3VLForConditionalGeneration) -> dict[str, Tensor] | None:
-    """The plain weights of a model in training, adapters merged, on the CPU; None if it has none. It stays as it is."""
+    """The merged weights of a model in training, on the CPU, without changing it; None if it has no adapters."""
     if not any(map(_is_wrapper, model.modules())):
         return None
     on_cpu = {id(t): _cpu_twin(t) for t in (*model.parameters(), *model.buffers())}
     with torch.no_grad():
-        twin = copy.deepcopy(model, on_cpu)  # shares nothing: what is known to be copied is not copied on the device
+        # deepcopy with a memo of CPU copies: every tensor counts as copied, so none is duplicated on the device.
+        twin = copy.deepcopy(model, on_cpu)
         _merge_in_place(twin)
         twin.tie_weights()
     return twin.state_dict()
@@ -151,7 +154,7 @@ def _cpu_twin(tensor: Tensor) -> Tensor:
 
 
 def _merge_in_place(model: nn.Module) -> None:
-    """What PEFT's `merge_and_unload` does, on a model without its wrapper."""
+    """The equivalent of PEFT's `merge_and_unload` for a model without PEFT's outer wrapper."""
     for parent in [module for module in model.modules() if not _is_wrapper(module)]:
         for name, child in list(parent.named_children()):
             if _is_wrapper(child):
@@ -159,8 +162,8 @@ def _merge_in_place(model: nn.Module) -> None:
 
 
 def _merged(wrapper: Any) -> nn.Module:
-    """The layer inside one of PEFT's, adapter merged."""
-    if hasattr(wrapper, "unload_and_optionally_merge_module"):  # the coordinate rows
+    """The plain layer inside a PEFT layer, with its adapter merged."""
+    if hasattr(wrapper, "unload_and_optionally_merge_module"):  # PEFT's auxiliary wrappers
         return wrapper.unload_and_optionally_merge_module(True, True, None)
     wrapper.merge(safe_merge=True)
     return wrapper.get_base_layer()
@@ -171,5 +174,5 @@ def _is_wrapper(module: nn.Module) -> bool:
 
 
 def count_trainable(model: nn.Module) -> int:
-    """Number of parameters that train; a tied table counts once."""
+    """Number of trained parameters; a tied table counts once."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

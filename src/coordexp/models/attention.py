@@ -1,17 +1,18 @@
-"""Attention over packed segments without a mask, and patch embedding as the matrix product that it is.
+"""Attention over packed segments without a mask, and patch embedding as a matrix product.
 
-A packed row holds segments that must not see each other. transformers keeps them apart by a dense T x T mask, and most
-of what it then computes is thrown away; of pictures it makes one call each. Here each segment attends to itself alone:
-by torch's variable-length kernel where there is one, otherwise by plain products over groups of segments. Both come in
-through transformers' registries of attention functions; a forward without segments (generation with its cache) takes
-transformers' own path, mask included.
+The segments of a packed row must not attend to each other ("cross-contamination", Krell et al., arXiv:2107.02027).
+transformers separates them with a dense T x T mask and discards most of what it computes: k equal segments need only
+1/k of the T x T scores. For images it makes one call each. Here each segment attends only to itself: with torch's
+variable-length kernel (FlashAttention-2, arXiv:2307.08691) if available, otherwise with plain matrix products over
+groups of segments. Both are registered in transformers' tables of attention functions. A forward pass without segments
+(generation with a cache) uses transformers' own attention, including its mask.
 
-    use_segment_attention(model)   # once, by whoever loads or builds a model
-    with packed():                 # models/forward.py alone
+    use_segment_attention(model)   # once, after loading or building a model
+    with packed():                 # only in models/forward.py
         model.model(..., segments=batch.segments)
 
-Shapes: B rows of T tokens, N = B * T of them in one line; H query heads, G key heads, D head size; S segments of one
-group, padded to L tokens.
+Shapes: B rows of T tokens, flattened to N = B * T; H query heads, G key heads, D head size; S segments of one group,
+padded to L tokens.
 """
 
 from __future__ import annotations
@@ -35,17 +36,17 @@ from transformers.masking_utils import sdpa_mask
 from coordexp.infra.device import VARIABLE_LENGTH, attention_kernel, compute_dtype, varlen_options, without_autocast
 
 TEXT = "coordexp_segments"
-# The vision tower hands over all pictures in one call, with their bounds, to a function with this word in its name.
+# transformers' vision tower passes all images in one call, with their bounds, if the name contains "flash".
 VISION = "coordexp_flash_segments"
 
-MAX_GROUPS = 4  # of segments of similar length: more waste less padding, but make more and smaller products
-Lengths = tuple[int, ...]  # of consecutive segments of one line of tokens, or of the patches of pictures; all above 0
+MAX_GROUPS = 4  # groups of segments of similar length: more groups mean less padding, but more and smaller products
+Lengths = tuple[int, ...]  # lengths > 0 of consecutive segments of a token sequence, or numbers of patches per image
 
 _is_packed: ContextVar[bool] = ContextVar("is_packed", default=False)
 
 
 def use_segment_attention(model: Qwen3VLForConditionalGeneration) -> Qwen3VLForConditionalGeneration:
-    """Make the model's forwards go this way, in place, and return it; weights, their names and files stay."""
+    """Switch the model to segment attention, in place, and return it; weights and their names do not change."""
     model.set_attn_implementation({"text_config": TEXT, "vision_config": VISION})
     visual = model.model.visual
     if not isinstance(visual.patch_embed, PatchProduct):
@@ -55,7 +56,7 @@ def use_segment_attention(model: Qwen3VLForConditionalGeneration) -> Qwen3VLForC
 
 @contextmanager
 def packed() -> Iterator[None]:
-    """In here no mask is built: the forward is given its segments."""
+    """Within the block, no mask is built: the forward pass gets segments instead."""
     token = _is_packed.set(True)
     try:
         yield
@@ -64,7 +65,7 @@ def packed() -> Iterator[None]:
 
 
 class PatchProduct(nn.Module):
-    """Qwen3-VL's patch embedding, a convolution whose kernel is its stride, as one matrix product."""
+    """Qwen3-VL's patch embedding as one matrix product: a convolution whose stride equals its kernel size."""
 
     def __init__(self, proj: nn.Conv3d) -> None:
         super().__init__()
@@ -79,13 +80,13 @@ class PatchProduct(nn.Module):
 def segment_attention(
     query_NHD: Tensor, key_NGD: Tensor, value_NGD: Tensor, segments: Lengths, scale: float, causal: bool
 ) -> Tensor:
-    """(N, H, D) attention of each segment over itself; all three of one dtype."""
+    """Attention (N, H, D) of each segment over itself; all inputs have the same dtype."""
     attend = _variable_length if _has_kernel(query_NHD) else _grouped_products
     return attend(query_NHD, key_NGD, value_NGD, segments, scale, causal)
 
 
 def _has_kernel(query: Tensor) -> bool:
-    """Whether torch's variable-length attention takes it; of head sizes it takes Qwen3-VL's (64, 72, 128)."""
+    """Whether torch's variable-length kernel can be used; Qwen3-VL's head sizes (64, 72, 128) are supported."""
     size = query.shape[-1]
     return size % 8 == 0 and size <= 256 and attention_kernel(query.device, query.dtype) == VARIABLE_LENGTH
 
@@ -95,7 +96,7 @@ def _variable_length(
 ) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    known = varlen_options()  # torch 2.11 lacks some, and older ones say `is_causal`
+    known = varlen_options()  # torch 2.11 lacks some options, and older versions have `is_causal`
     options: dict[str, Any] = {"window_size": (-1, 0) if causal else (-1, -1)}
     if "window_size" not in known:
         options = {"is_causal": causal}
@@ -109,21 +110,21 @@ def _variable_length(
         query_NHD.contiguous(), key_NGD.contiguous(), value_NGD.contiguous(), bounds, bounds, longest, longest,
         scale=scale, **options,
     )  # fmt: skip
-    assert isinstance(out_NHD, Tensor)  # without the statistics that it can return too
+    assert isinstance(out_NHD, Tensor)  # not a tuple with softmax statistics
     return out_NHD
 
 
 @lru_cache(maxsize=16)
 def _bounds(lengths: Lengths, device: torch.device) -> Tensor:
-    """(segments + 1,) int32: where each begins, and the end; the same for every layer of a forward."""
-    with torch.inference_mode(False):  # what decoding leaves here must serve training too
+    """(segments + 1,) int32: start of each segment, then the end; cached, as all layers of a forward pass share it."""
+    with torch.inference_mode(False):  # a cached tensor from decoding must be usable in training, too
         return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
 
 
 def _grouped_products(
     query_NHD: Tensor, key_NGD: Tensor, value_NGD: Tensor, segments: Lengths, scale: float, causal: bool
 ) -> Tensor:
-    """By batched products over groups of segments: on a CPU the fused kernel's backward is slow for short sequences."""
+    """Batched products over groups of segments: on a CPU, the fused kernel's backward is slow for short sequences."""
     n_heads = query_NHD.shape[1]
     shared = n_heads // key_NGD.shape[1]
     if shared > 1:
@@ -135,20 +136,25 @@ def _grouped_products(
 
 @lru_cache(maxsize=16)
 def _groups(lengths: Lengths, heads: int, causal: bool, device: torch.device) -> Groups:
-    """The same for every layer of a forward. Only what is causal may be padded: nothing sees what follows it."""
-    with torch.inference_mode(False):  # also asked in there, and then remembered for a step of training
+    """The groups, cached: all layers of a forward pass share them.
+
+    Only causal attention may be padded: padding comes after the tokens of a segment, and no token sees later ones.
+    """
+    with torch.inference_mode(False):  # a cached value from decoding must be usable in training, too
         return Groups.of(lengths, heads, padded=causal).to(device)
 
 
 @dataclass(frozen=True, slots=True)
 class Groups:
-    """Segments gathered into groups of one padded length, so that few batched products serve all of them.
+    """Segments gathered into groups with a common padded length, so that a few batched products serve all of them.
 
-    A row is one head of one token, rows of a token one after another. In the groups they stand by segment, head and
-    token, each group being (segments, heads, padded length).
+    A row is one head of one token; the rows of a token are consecutive. Each group has the layout (segments, heads,
+    padded length).
 
-    rows: (R,) which row stands at each place of the groups; padding repeats a segment's last token. places:
-    (N * heads,) where each row stands. shapes: segments times heads, and padded length, of each group.
+    Attributes:
+        rows: (R,) the row at each place of the groups; padding repeats the last token of a segment.
+        places: (N * heads,) the place of each row.
+        shapes: (segments * heads, padded length) of each group.
     """
 
     rows: Tensor
@@ -156,13 +162,13 @@ class Groups:
     shapes: tuple[tuple[int, int], ...]
 
     def pieces(self, states_RD: Tensor) -> list[Tensor]:
-        """Views (segments * heads, padded length, D) of each group."""
+        """A view (segments * heads, padded length, D) of each group."""
         parts = states_RD.split([n * length for n, length in self.shapes])
         return [part.view(n, length, -1) for part, (n, length) in zip(parts, self.shapes, strict=True)]
 
     @classmethod
     def of(cls, lengths: Sequence[int], heads: int, padded: bool) -> Groups:
-        """Group segments of similar length, or of equal length if they may not be padded."""
+        """Group segments of similar length, or of equal length if padding is not allowed."""
         sizes_S = np.array(lengths, np.int64)
         starts_S = np.cumsum(sizes_S) - sizes_S
         by_size, n_sizes = np.argsort(sizes_S, kind="stable"), len(set(lengths))
@@ -172,10 +178,11 @@ class Groups:
             groups = np.split(by_size, np.flatnonzero(np.diff(sizes_S[by_size])) + 1)
         rows, places = [], np.empty(sizes_S.sum() * heads, np.int64)
         shapes: list[tuple[int, int]] = []
-        first = 0  # place of the group
+        first = 0  # first place of the group
         for group in groups:
             longest = int(sizes_S[group].max())
             shape = (len(group), heads, longest)
+            # Padding columns point to the segment's last token; their results are never read, their gradients are 0.
             columns, last = np.arange(longest), sizes_S[group, None, None] - 1
             tokens = starts_S[group, None, None] + np.minimum(columns, last)
             rows.append(tokens * heads + np.arange(heads)[:, None])
@@ -187,14 +194,17 @@ class Groups:
         return cls(torch.from_numpy(all_rows), torch.from_numpy(places), tuple(shapes))
 
     def to(self, device: torch.device) -> Groups:
-        """The same with its indices on `device`."""
+        """The same groups with indices on `device`."""
         return Groups(self.rows.to(device), self.places.to(device), self.shapes)
 
 
 class _GroupedProducts(torch.autograd.Function):
-    """Attention over groups, rows (N * H, D) in and out; in a group S counts each head of each segment.
+    """Attention over groups: rows (N * H, D) in and out; within a group, S counts the heads of all segments.
 
-    As one function, so that no gradient is gathered, transposed or scaled more than once.
+    One autograd function for the whole computation: separate operations would gather, transpose and scale gradients
+    several times. With P = softmax(scale * Q K^T), the backward pass is dV = P^T dO, dP = dO V^T,
+    dS = P * (dP - rowsum(P * dP)), dQ = scale * dS K, dK = scale * dS^T Q (FlashAttention, arXiv:2205.14135,
+    appendix B.2).
     """
 
     @staticmethod
@@ -206,6 +216,7 @@ class _GroupedProducts(torch.autograd.Function):
         probabilities = []
         for q_SLD, k_SLD, v_SLD, out_SLD in zip(*(groups.pieces(x) for x in (*gathered, out)), strict=True):
             length = q_SLD.shape[1]
+            # beta = int(causal): without a causal mask, baddbmm ignores `mask_LL`.
             mask_LL = q_SLD.new_full((length, length), -torch.inf).triu_(1)
             p_SLL = torch.baddbmm(mask_LL, q_SLD, k_SLD.mT, beta=int(causal), alpha=scale).softmax(-1)
             torch.bmm(p_SLL, v_SLD, out=out_SLD)
@@ -218,7 +229,7 @@ class _GroupedProducts(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         groups, scale = ctx.groups, ctx.scale
         query, key, value, *probabilities = ctx.saved_tensors
-        grad_out = torch.zeros_like(query).index_copy_(0, groups.places, grad)  # 0 at padding
+        grad_out = torch.zeros_like(query).index_copy_(0, groups.places, grad)  # stays 0 at padding
         grads = [torch.empty_like(query) for _ in range(3)]
         pieces = zip(*(groups.pieces(x) for x in (query, key, value, grad_out, *grads)), probabilities, strict=True)
         for q_SLD, k_SLD, v_SLD, g_SLD, grad_q, grad_k, grad_v, p_SLL in pieces:
@@ -240,7 +251,7 @@ def _text_attention(
     segments: Lengths | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' interface: (B, H, T, D) in, (B, T, H, D) out."""
+    """Attention function with the interface of transformers: (B, H, T, D) in, (B, T, H, D) out."""
     if segments is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
     out_NHD = _in_compute_dtype(query, key, value, segments, scaling, causal=True)
@@ -258,8 +269,8 @@ def _vision_attention(
     pictures: Lengths | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """All pictures of a forward at once, each over itself; shapes as for text, with one row."""
-    if pictures is None:  # generation, which knows no batch of ours
+    """Attention of every image of a forward pass over itself; shapes as for text, with one row."""
+    if pictures is None:  # transformers' generate, which does not pass it
         pictures = tuple(torch.diff(cu_seq_lens_q).tolist())
     return _in_compute_dtype(query, key, value, pictures, scaling, causal=False)[None], None
 
@@ -267,7 +278,7 @@ def _vision_attention(
 def _in_compute_dtype(
     query: Tensor, key: Tensor, value: Tensor, segments: Lengths, scale: float, causal: bool
 ) -> Tensor:
-    """(B, H, T, D) each to (N, H, D), in one dtype: under autocast the norms leave queries and keys in float32."""
+    """Reshape (B, H, T, D) to (N, H, D), in one dtype: under autocast, norms leave queries and keys in float32."""
     dtype = compute_dtype(value)
     query_NHD, key_NGD, value_NGD = (x.to(dtype).transpose(1, 2).flatten(0, 1) for x in (query, key, value))
     with without_autocast(query):

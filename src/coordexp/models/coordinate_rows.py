@@ -1,9 +1,12 @@
-"""The coordinate rows of a frozen table as a small parameter of their own.
+"""The coordinate embedding rows of a frozen table as a small separate parameter.
 
-The 1000 coordinate rows of embedding and head train in every mode (models/adapters.py). Where the rest of the table is
-frozen, gradient and moments of all of it would be 150 times what is needed, and a table put together anew in each
-forward a copy of it. Here the rows stand beside the table, in float32 also if that is held in bfloat16, and are copied
-into it for the products of the head.
+The 1000 coordinate rows of embedding and head are trained in every mode (models/adapters.py). If the rest of the table
+is frozen, gradients and moments of the whole table would take 150 times the memory needed, and assembling the table in
+every forward pass would copy it. Here the rows are a parameter next to the table, in float32 even if the table is in
+bfloat16, and are copied into the table before the head uses it.
+
+With tied weights (Press and Wolf, arXiv:1608.05859), embedding and head share one table and one such parameter, so the
+rows receive the sum of both gradients, as in full training.
 
 Shapes: V vocabulary, D hidden size, K coordinate ids.
 """
@@ -23,9 +26,10 @@ Table = nn.Embedding | nn.Linear
 
 
 class CoordinateRows(nn.Module):
-    """An embedding or a head, frozen but for `rows` (K, D); in their place it computes with these.
+    """A frozen embedding or head that uses the trained `rows` (K, D) in place of its coordinate rows.
 
-    `base_layer` and the ways to it are PEFT's, so that whatever merges its adapters merges these rows, too.
+    `base_layer`, `merge` and `get_base_layer` are the interface of PEFT's layers, so that code that merges adapters
+    merges these rows, too.
     """
 
     def __init__(self, table: Table, span: slice, rows: nn.Parameter) -> None:
@@ -36,21 +40,21 @@ class CoordinateRows(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The whole table (V, D), without a gradient, its coordinate rows as they are now."""
+        """The complete table (V, D) with the present coordinate rows, without a gradient."""
         self.merge()
         return self.base_layer.weight
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Give the table the rows as they are; arguments as of PEFT's layers, which have nothing to say here."""
-        # As data, which counts as no change of the table: within a step the numbers are the same ones.
+        """Copy the rows into the table; the arguments exist for PEFT's interface and are ignored."""
+        # Through `.data`, so that autograd's version counter does not change: within a step, the values are the same.
         self.base_layer.weight.data[self._span] = self.rows.data.to(self.base_layer.weight.dtype)
 
     def get_base_layer(self) -> Table:
-        """The table, as PEFT asks for it."""
+        """The table; part of PEFT's interface."""
         return self.base_layer
 
     def forward(self, given: Tensor) -> Tensor:
-        """Embeddings of token ids, or logits of hidden states; both with a gradient on the rows."""
+        """Embeddings of token ids, or logits of hidden states; both with a gradient for the rows."""
         return self._embed(given) if isinstance(self.base_layer, nn.Embedding) else self._logits(given)
 
     def _embed(self, ids: Tensor) -> Tensor:
@@ -64,12 +68,13 @@ class CoordinateRows(nn.Module):
         logits = F.linear(hidden, self.weight)
         if not torch.is_grad_enabled():
             return logits
+        # The coordinate logits again, now with a gradient for the rows: 1000 of 152k columns.
         own = F.linear(hidden, self.rows).to(logits.dtype)
         return torch.cat([logits[..., : self._span.start], own, logits[..., self._span.stop :]], dim=-1)
 
 
 def train_rows_alone(model: Qwen3VLForConditionalGeneration, coord: CoordVocabulary) -> None:
-    """Freeze embedding and head but for their coordinate rows, in place; tied tables share them."""
+    """Freeze embedding and head except for their coordinate rows, in place; tied tables share the rows."""
     language, span = model.model.language_model, slice(coord.first_id, coord.end_id)
     tables: tuple[Table, Table] = language.embed_tokens, model.lm_head
     rows: dict[int, nn.Parameter] = {}
@@ -82,7 +87,7 @@ def train_rows_alone(model: Qwen3VLForConditionalGeneration, coord: CoordVocabul
 
 
 def put_rows_back(model: Qwen3VLForConditionalGeneration) -> None:
-    """Undo `train_rows_alone`: plain tables again, with the rows as they were trained."""
+    """Undo `train_rows_alone`: restore plain tables that contain the trained rows."""
     language = model.model.language_model
     for wrapped in (cast(CoordinateRows, language.embed_tokens), cast(CoordinateRows, model.lm_head)):
         wrapped.merge()
@@ -90,5 +95,5 @@ def put_rows_back(model: Qwen3VLForConditionalGeneration) -> None:
 
 
 def coordinate_rows(table: nn.Module, span: slice) -> Tensor:
-    """Rows (K, D) of the coordinate ids of an embedding or a head, with their gradient, however they are held."""
+    """The coordinate rows (K, D) of an embedding or a head, with their gradient, wrapped or not."""
     return table.rows if isinstance(table, CoordinateRows) else cast(Table, table).weight[span]

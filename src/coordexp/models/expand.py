@@ -1,10 +1,14 @@
-"""Adding the 1000 coordinate tokens to a pretrained model, once (the norm1000 stage).
+"""Add the 1000 coordinate tokens to a pretrained model, once (in the norm1000 stage).
 
-New embedding rows by name:
+Initial values of the new embedding rows, by `model.coord_init`:
     mean     all rows equal the mean of the existing rows
-    digits   the mean of the rows of the bin's own decimal digits: what the model already knows about numbers
-    ordinal  the mean of the ten digit rows, plus a smooth function of the bin: neighbouring bins start out similar
-Head rows get the same treatment where the head is not tied to the embedding.
+    digits   the mean of the rows of the bin's decimal digits: starts from what the model knows about numbers
+    ordinal  the mean of the ten digit rows, plus a smooth function of the bin: neighboring bins start out similar
+If the head is not tied to the embedding, its rows are initialized in the same way.
+
+Averages are a safe start. The logit of a mean row is the mean of the existing logits, so by Jensen's inequality a new
+token gets at most the average probability of an existing one (Hewitt 2021, "Initializing New Word Embeddings for
+Pretrained Language Models"). A random row can get a large logit and distort every distribution.
 """
 
 from __future__ import annotations
@@ -21,20 +25,22 @@ from coordexp.infra.random_streams import stream_seed
 from coordexp.models.forward import input_table
 from coordexp.text.vocabulary import CoordVocabulary, has_coord_tokens
 
-VOCAB_MULTIPLE = 128
+VOCAB_MULTIPLE = 128  # table sizes that GPU kernels tile without remainder
 ORDINAL_HARMONICS = 24
-ORDINAL_SCALE = 0.3  # of the known rows: more makes the first distributions sharp and wrong (benchmarks/NOTES.md)
+# Relative to the std of the existing rows; a larger value makes the initial distributions sharp and incorrect
+# (benchmarks/NOTES.md).
+ORDINAL_SCALE = 0.3
 
 
 def round_up(n: int, multiple: int = VOCAB_MULTIPLE) -> int:
-    """The smallest multiple that is at least n: the rows of embedding and head."""
+    """The smallest multiple >= n: the number of rows of embedding and head."""
     return -(-n // multiple) * multiple
 
 
 def add_coordinate_tokens(
     model: Qwen3VLForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, init: str, seed: int
 ) -> CoordVocabulary:
-    """Add the tokens to tokenizer and model in place; does nothing but check if they are there already.
+    """Add the tokens to tokenizer and model in place; if they exist already, only check them.
 
     Raises CheckpointError if only some of them exist.
     """
@@ -42,6 +48,8 @@ def add_coordinate_tokens(
         tokenizer.add_tokens(list(COORD_TOKENS), special_tokens=True)
         vocabulary = CoordVocabulary.from_tokenizer(tokenizer)
         rows = input_table(model).num_embeddings
+        # Pretrained tables can have spare rows beyond the tokenizer's ids (Qwen3-VL: 151,936 rows for 151,669 ids);
+        # these are used first.
         if vocabulary.end_id > rows:
             model.resize_token_embeddings(round_up(vocabulary.end_id), mean_resizing=False)
         _fill_rows(model, tokenizer, vocabulary, max(vocabulary.end_id, rows), init, seed)
@@ -63,7 +71,7 @@ def _fill_rows(
     init: str,
     seed: int,
 ) -> None:
-    """Fill the rows of the coordinate tokens, and those from `first_padding` on, which are of no token."""
+    """Fill the rows of the coordinate tokens, and the padding rows from `first_padding` on, which have no token."""
     tables = [input_table(model).weight]
     if not model.config.tie_word_embeddings:
         tables.append(model.lm_head.weight)
@@ -72,12 +80,13 @@ def _fill_rows(
         for table_VD in tables:
             known = table_VD[: vocabulary.first_id]
             table_VD[vocabulary.first_id : vocabulary.end_id] = coordinate_rows(known, digit_ids, init, seed)
-            # Rows that round the table up stand in every softmax; what resizing leaves there is drawn without a seed.
+            # Padding rows take part in every softmax, and `resize_token_embeddings` leaves unseeded random values
+            # there. As means they get little probability, and runs repeat exactly.
             table_VD[first_padding:] = known.mean(0)
 
 
 def coordinate_rows(known_VD: Tensor, digit_ids: list[int], init: str, seed: int) -> Tensor:
-    """Initial rows (1000, D) from the rows of the known tokens; see the module's list of names."""
+    """Initial rows (1000, D) from the rows of the existing tokens; the module docstring lists the methods."""
     if init == "mean":
         return known_VD.mean(0).expand(NUM_BINS, -1).clone()
     digits = [[digit_ids[int(d)] for d in str(k)] for k in range(NUM_BINS)]
@@ -91,7 +100,11 @@ def coordinate_rows(known_VD: Tensor, digit_ids: list[int], init: str, seed: int
 
 
 def ordinal_term(hidden: int, scale: float, seed: int) -> Tensor:
-    """(1000, D) sum of cosines of the bin along random directions, weight 1/j for harmonic j, with std `scale`."""
+    """(1000, D) sum of cosines of the bin along random directions, with weight 1/j for harmonic j and std `scale`.
+
+    The inner product of two rows falls smoothly with the distance of their bins. The weights make low frequencies
+    dominate, so that most of the variance separates distant bins.
+    """
     generator = torch.Generator().manual_seed(stream_seed(seed, "model/coordinate-rows"))
     directions_JD = torch.randn(ORDINAL_HARMONICS, hidden, generator=generator)
     harmonics_J = torch.arange(1, ORDINAL_HARMONICS + 1)

@@ -1,8 +1,8 @@
-"""The gate of checkpoint folders: their files are foreign, and whatever goes wrong with one is a CheckpointError.
+"""Validation of checkpoint folders: their files are foreign, and every problem becomes a CheckpointError.
 
-JSON is checked by key and type where it is read. What transformers and tokenizers raise on the rest has no base class
-of its own, so `faults_of` takes it all. Before a model is built its configuration is compared with the headers of the
-weights: a folder of 6 MB that asks for 500 GB is refused in milliseconds.
+JSON is checked by key and type where it is read. The exceptions of transformers and tokenizers have no common base
+class, so `faults_of` converts all of them. Before a model is built, its configuration is compared with the headers of
+the weights: a folder of 6 MB whose configuration needs 500 GB is refused in milliseconds.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ CHECKPOINT = Gate(
     max_bytes=1 << 28,
 )
 INDEX, GENERATION = "model.safetensors.index.json", "generation_config.json"
-_PANIC = "PanicException"  # what libraries in Rust raise, which is no Exception
+_PANIC = "PanicException"  # raised by libraries in Rust; not a subclass of Exception
 _Id = Annotated[int, Field(ge=0, lt=2**31)]
 _Size = Annotated[int, Field(ge=1, lt=2**31)]
 _Rate = Annotated[float, Field(ge=0, le=1)]
@@ -37,7 +37,7 @@ _Token = str | dict[str, Any] | None
 
 
 class _Checked(BaseModel):
-    """Some keys of a JSON file; the others are transformers' affair."""
+    """Some keys of a JSON file; transformers checks the others."""
 
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
 
@@ -92,7 +92,7 @@ class _VisionConfig(_Checked):
 
 
 class ConfigFile(_Checked):
-    """What is checked of config.json; transformers has a default for each key."""
+    """The checked keys of config.json; transformers has a default for each."""
 
     model_type: str | None = None
     text_config: _TextConfig
@@ -105,7 +105,7 @@ class ConfigFile(_Checked):
 
 
 class TokenizerConfigFile(_Checked):
-    """What is checked of tokenizer_config.json."""
+    """The checked keys of tokenizer_config.json."""
 
     tokenizer_class: str | None = None
     backend: str | None = None
@@ -118,14 +118,14 @@ class TokenizerConfigFile(_Checked):
 
 
 class TokenizerFile(_Checked):
-    """What is checked of tokenizer.json."""
+    """The checked keys of tokenizer.json."""
 
     added_tokens: list[_AddedToken]
     model: _TokenizerModel
 
 
 class GenerationFile(_Checked):
-    """What is checked of generation_config.json: nothing else of it is used."""
+    """The checked keys of generation_config.json; no others are used."""
 
     bos_token_id: _Id | list[_Id] | None = None
     eos_token_id: _Id | list[_Id] | None = None
@@ -133,27 +133,27 @@ class GenerationFile(_Checked):
 
 
 class IndexFile(_Checked):
-    """What is checked of model.safetensors.index.json: which file holds a weight."""
+    """The checked keys of model.safetensors.index.json: the file of each weight."""
 
     weight_map: dict[str, Annotated[str, Field(pattern=r"^[^/\\\x00]+\.safetensors$")]]
 
 
 class faults_of:
-    """Within the block, whatever is raised is a fault of the checkpoint folder, named with what was done there.
+    """Within the block, every exception becomes a CheckpointError that names the folder and the operation.
 
-    Errors of ours, and of a machine without the memory, stay what they are.
+    CoordExpErrors and out-of-memory errors pass unchanged.
     """
 
     def __init__(self, folder: Path, what: str, remedy: str = CHECKPOINT.remedy) -> None:
         self._folder, self._what, self._remedy = folder, what, remedy
 
     def __enter__(self) -> None:
-        """Begin."""
+        """Enter the block."""
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Name the error, if there is one."""
+        """Convert the exception, if there is one."""
         is_fault = isinstance(error, Exception) or type(error).__name__ == _PANIC
         if not is_fault or isinstance(error, CoordExpError | MemoryError | torch.OutOfMemoryError):
             return
@@ -163,7 +163,7 @@ class faults_of:
 
 
 def checked(path: Path, kind: type[CheckedT]) -> CheckedT:
-    """The keys of a JSON file of a checkpoint that matter here; raises CheckpointError naming file and key."""
+    """Read a JSON file of a checkpoint and check its keys; raises CheckpointError with file and key."""
     value = CHECKPOINT.read_object(path)
     try:
         return kind.model_validate(value)
@@ -172,17 +172,17 @@ def checked(path: Path, kind: type[CheckedT]) -> CheckedT:
 
 
 def read_config(folder: Path) -> Qwen3VLConfig:
-    """config.json as transformers reads it; raises CheckpointError."""
+    """Read config.json with transformers; raises CheckpointError."""
     checked(folder / "config.json", ConfigFile)
-    with faults_of(folder, "config.json cannot be read as that of a Qwen3-VL"):
+    with faults_of(folder, "config.json is not a readable Qwen3-VL configuration"):
         return Qwen3VLConfig.from_pretrained(folder, local_files_only=True)
 
 
 def weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Name and shape of each weight, by the headers of the safetensors files.
+    """Name and shape of each weight, from the headers of the safetensors files.
 
     Raises:
-        CheckpointError: there are no such files, one is damaged, or the index names others.
+        CheckpointError: there are no such files, a file is damaged, or the index does not match them.
     """
     in_file: dict[str, dict[str, tuple[int, ...]]] = {}
     for path in weight_files(folder):
@@ -198,18 +198,18 @@ def weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
                 "checkpoint again, or run the stage that writes it."
             ) from error
     if not in_file:
-        raise CheckpointError(f"{folder}: no *.safetensors weights; other formats can execute code and are refused.")
+        raise CheckpointError(f"{folder}: no *.safetensors weights; other formats can execute code and are not loaded.")
     if (folder / INDEX).exists():
         named = checked(folder / INDEX, IndexFile).weight_map
         if lost := sorted(set(named.values()) - in_file.keys()):
-            CHECKPOINT.refuse(str(folder / INDEX), f"names {shown(lost[0])}, which is not in the folder")
+            CHECKPOINT.refuse(str(folder / INDEX), f"lists {shown(lost[0])}, which is not in the folder")
         if absent := sorted(name for name, file in named.items() if name not in in_file[file]):
-            CHECKPOINT.refuse(str(folder / INDEX), f"names {shown(absent[0])}, which {shown(named[absent[0]])} lacks")
+            CHECKPOINT.refuse(str(folder / INDEX), f"lists {shown(absent[0])}, which {shown(named[absent[0]])} lacks")
     return {name: shape for shapes in in_file.values() for name, shape in shapes.items()}
 
 
 def check_fits(folder: Path, config: Qwen3VLConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise CheckpointError for a config.json that asks for a larger model than the weights are."""
+    """Raise CheckpointError if config.json describes a larger model than the weights contain."""
     total = sum(prod(shape) for shape in shapes.values())
     bounds = [((key,), len(shapes)) for key in _LAYERS] + [(keys, total) for keys in _IN_WEIGHTS]
     for keys, most in bounds:
@@ -222,7 +222,7 @@ def check_fits(folder: Path, config: Qwen3VLConfig, shapes: Mapping[str, tuple[i
 
 
 _LAYERS = ("text_config.num_hidden_layers", "vision_config.depth")
-# Products that the numbers of all weights cannot be fewer than; a square stands as two.
+# Sizes of weight matrices: each product must not exceed the total number of weights. A squared factor is listed twice.
 _IN_WEIGHTS = tuple(
     tuple(f"{part}.{name}" for name in names.split())
     for part, names in (
@@ -243,5 +243,5 @@ def _whole(folder: Path, config: Qwen3VLConfig, key: str) -> int:
     part, name = key.split(".")
     value = getattr(getattr(config, part), name, None)
     if type(value) is not int or not 0 < value < 2**31:
-        CHECKPOINT.refuse(str(folder / "config.json"), f"{key} is {shown(value)}, not a whole number from 1")
+        CHECKPOINT.refuse(str(folder / "config.json"), f"{key} is {shown(value)}, not a positive integer")
     return value

@@ -1,4 +1,4 @@
-"""Forwards over packed batches that stop before the head, so that logits exist for supervised slots only.
+"""Forward passes over packed batches that stop before the head, so that logits exist only for supervised slots.
 
 Shapes: B rows, T tokens, D hidden size, S slots, V vocabulary.
 """
@@ -23,11 +23,10 @@ def hidden_states(
 ) -> Tensor:
     """Last hidden states, flattened to (B * T, D); `inputs_embeds_BTD` replaces the token embeddings if given.
 
-    A cache is handed the keys and values of all tokens, and must return them as they are.
+    A cache receives the keys and values of all tokens, and must return them unchanged.
 
-    The lengths of segments and pictures keep them apart (models/attention.py); no attention mask is built. A model to
-    which transformers' own attention was left does the same by a T x T mask, made of the 4-row position ids, but never
-    beside a cache.
+    The lengths of segments and images separate them (models/attention.py); no attention mask is built. A model with
+    transformers' own attention does the same with a T x T mask built from the 4-row position ids, but not with a cache.
     """
     assert cache is None or model.model.language_model.config._attn_implementation == TEXT, (
         "use_segment_attention first"
@@ -49,7 +48,7 @@ def hidden_states(
 
 
 def patch_states(visual: nn.Module, patches_PD: Tensor, grids_I3: Tensor) -> Tensor:
-    """What the vision tower makes of each patch, (P, D), as it goes into the merger; each picture by itself."""
+    """The vision tower's state of each patch, (P, D), before the merger; each image attends only to itself."""
     with packed():
         output = visual(patches_PD, grid_thw=grids_I3, pictures=tuple(grids_I3.prod(1).tolist()))
     return output.last_hidden_state
@@ -58,14 +57,14 @@ def patch_states(visual: nn.Module, patches_PD: Tensor, grids_I3: Tensor) -> Ten
 def next_hidden_states(
     model: Qwen3VLForConditionalGeneration, ids_BT: Tensor, rope_BT: Tensor, mask_BTL: Tensor, cache: Cache
 ) -> Tensor:
-    """Hidden states (B, T, D) of the next tokens of B texts whose keys and values a cache of L columns holds.
+    """Hidden states (B, T, D) of the next tokens of B sequences, with a cache of L columns.
 
     Args:
         model: the model.
         ids_BT: the tokens.
-        rope_BT: their rotary positions, the same on all three axes: text behind a picture.
-        mask_BTL: which columns each of them sees, its own among them.
-        cache: holds what came before, and is handed what comes.
+        rope_BT: their rotary positions, equal on all three axes, because they are text after an image.
+        mask_BTL: the columns that each token attends to, including itself.
+        cache: keys and values of the previous tokens; the new ones are added.
     """
     output = model.model(
         input_ids=ids_BT,
@@ -79,12 +78,12 @@ def next_hidden_states(
 
 def input_table(model: Qwen3VLForConditionalGeneration) -> nn.Embedding:
     """The embedding of the input tokens, weights (V, D)."""
-    # Or what stands for it while its coordinate rows alone train (models/coordinate_rows.py).
+    # Or its wrapper while only the coordinate rows are trained (models/coordinate_rows.py).
     return cast(nn.Embedding, model.get_input_embeddings())
 
 
 def head_table(model: Qwen3VLForConditionalGeneration) -> Tensor:
-    """Weights (V, D) of the head; without a gradient while its coordinate rows alone train."""
+    """Weights (V, D) of the head; without a gradient while only its coordinate rows are trained."""
     return cast(nn.Linear, model.lm_head).weight
 
 

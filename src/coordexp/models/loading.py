@@ -1,4 +1,4 @@
-"""Loading and saving plain Hugging Face checkpoints; nothing is fetched and no code of a model folder is run."""
+"""Load and save plain Hugging Face checkpoints, without downloads and without running code from a model folder."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ from coordexp.text.prompts import IMAGE_TOKEN, question_ids
 from coordexp.text.vocabulary import CoordVocabulary, has_coord_tokens
 
 MODEL_TYPE = Qwen3VLConfig.model_type
-# Beside tokenizer.json, what a tokenizer may be made from.
+# Files besides tokenizer.json that a tokenizer may be built from.
 TOKENIZER_FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -59,7 +59,7 @@ TOKENIZER_FILES = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelFormat:
-    """What is needed to ask a model and to read its answers."""
+    """What is needed to prompt a model and to read its answers."""
 
     tokenizer: PreTrainedTokenizerBase
     pixels: PixelSpec
@@ -67,52 +67,52 @@ class ModelFormat:
 
     @property
     def coord(self) -> CoordVocabulary | None:
-        """Its coordinate tokens; None before norm1000 added them."""
+        """Its coordinate tokens; None before norm1000 adds them."""
         return self.detection.coordinates
 
     @property
     def codec(self) -> str:
-        """In which of text.codecs.CODECS it answers."""
+        """The codec of its answers, a key of text.codecs.CODECS."""
         return self.detection.codec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint(ModelFormat):
-    """A model with its format."""
+    """A model together with its format."""
 
     model: Qwen3VLForConditionalGeneration
 
     def collator(self, image_root: Path, pack_tokens: int = 0) -> Collator:
-        """What lays out its batches, in rows of so many tokens where it chooses them."""
+        """A collator for its batches; `pack_tokens` bounds the rows if the collator assigns segments to rows."""
         image_id, pad_id = self.model.config.image_token_id, self.tokenizer.pad_token_id
         return Collator(image_root, self.pixels, image_id, pad_id, pack_tokens)
 
 
 def load_checkpoint(folder: Path, min_pixels: int | None = None, max_pixels: int | None = None) -> Checkpoint:
-    """Load a checkpoint folder in float32 onto the CPU, to change or to train it; `load_for_inference` is for answers.
+    """Load a checkpoint folder in float32 on the CPU, to modify or train it; use `load_for_inference` to generate.
 
     Args:
         folder: a Hugging Face folder.
-        min_pixels: smallest image area that the model is given from now on. None, for all but a profile's base model:
-            as its processor files say.
-        max_pixels: largest image area. None: likewise.
+        min_pixels: minimum image area from now on. None: as its processor files specify (all checkpoints except the
+            pretrained model of a profile).
+        max_pixels: maximum image area. None: likewise.
 
     Raises:
-        CheckpointError: the folder is no checkpoint or one of another model, its safetensors weights are missing,
-            damaged or not those of its config, its coordinate tokens are broken, its tokenizer wants to run code, its
-            processor files or coordexp.json do not say how it is used.
-        DamagedArtefactError: a file is not the one that training wrote.
+        CheckpointError: the folder is not a Qwen3-VL checkpoint; its safetensors weights are missing, damaged, or do
+            not match its config; its coordinate tokens are inconsistent; its tokenizer needs code from the folder; or
+            its processor files or coordexp.json are missing or invalid.
+        DamagedArtefactError: a file differs from what training wrote.
     """
     return _with_model(folder, load_format(folder, min_pixels, max_pixels), torch.float32)
 
 
 def load_for_inference(folder: Path, device: str = AUTO) -> Checkpoint:
-    """Load a checkpoint that only answers: on the device that `choose_device` gives, in the precision for it."""
+    """Load a checkpoint that only generates, on the device from `choose_device`, in the precision for that device."""
     return place_for_inference(folder, load_format(folder), device)
 
 
 def place_for_inference(folder: Path, form: ModelFormat, device: str = AUTO) -> Checkpoint:
-    """As `load_for_inference`, where the format is known already."""
+    """As `load_for_inference`, if the format is loaded already."""
     plan = inference_plan(choose_device(device)).adopt()
     checkpoint = _with_model(folder, form, plan.frozen)
     checkpoint.model.to(plan.device)  # type: ignore[arg-type]  # an untyped decorator
@@ -120,7 +120,7 @@ def place_for_inference(folder: Path, form: ModelFormat, device: str = AUTO) -> 
 
 
 def load_format(folder: Path, min_pixels: int | None = None, max_pixels: int | None = None) -> ModelFormat:
-    """Everything of a checkpoint but the weights; arguments and errors as of `load_checkpoint`."""
+    """Everything of a checkpoint except the weights; arguments and errors as for `load_checkpoint`."""
     check_config(folder)
     verify_files(folder, decides_answer)
     form = read_format(folder)
@@ -131,13 +131,13 @@ def load_format(folder: Path, min_pixels: int | None = None, max_pixels: int | N
 
 
 def read_format(folder: Path) -> ModelFormat:
-    """As `load_format`, of a folder whose weights may be missing or others than training wrote."""
+    """As `load_format`, for a folder whose weights may be missing or changed."""
     check_config(folder)
     transformers_logging.disable_progress_bar()
     config, tokenizer = read_config(folder), _load_tokenizer(folder)
     coord = CoordVocabulary.from_tokenizer(tokenizer) if has_coord_tokens(tokenizer) else None
     if (last := max(tokenizer.get_vocab().values())) >= config.to_dict()["text_config"]["vocab_size"]:
-        CHECKPOINT.refuse(str(folder), f"its tokenizer has the id {last}, beyond the vocabulary of config.json")
+        CHECKPOINT.refuse(str(folder), f"its tokenizer has the id {last}, outside the vocabulary of config.json")
     if (folder / GENERATION).exists():
         checked(folder / GENERATION, GenerationFile)
     _check_template(folder, tokenizer)
@@ -146,7 +146,7 @@ def read_format(folder: Path) -> ModelFormat:
 
 
 def vocabulary_size(folder: Path) -> int:
-    """How many token ids the model of a checkpoint can emit: its tables may have more rows than there are tokens."""
+    """Number of token ids that the model of a checkpoint can emit: its tables may have more rows than tokens."""
     return int(read_config(folder).to_dict()["text_config"]["vocab_size"])
 
 
@@ -156,7 +156,7 @@ def _with_model(folder: Path, form: ModelFormat, dtype: torch.dtype) -> Checkpoi
 
 
 def check_config(folder: Path) -> None:
-    """Raise CheckpointError unless the folder has a tokenizer and the configuration of a Qwen3-VL."""
+    """Raise CheckpointError unless the folder has a tokenizer and a Qwen3-VL configuration."""
     for name in ("config.json", "tokenizer_config.json"):
         if not (folder / name).is_file():
             raise CheckpointError(
@@ -171,8 +171,8 @@ def check_config(folder: Path) -> None:
         )
     if quantised := config.get("quantization_config"):
         raise CheckpointError(
-            f"{path}: quantization_config is {quantised!r:.60}, expected plain weights. Take the checkpoint that was "
-            "quantised."
+            f"{path}: quantization_config is {quantised!r:.60}, expected plain weights. Use the checkpoint from before "
+            "quantization."
         )
 
 
@@ -185,7 +185,7 @@ def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     file = checked(folder / "tokenizer.json", TokenizerFile) if has_file else None
     if file:
         _check_added_tokens(folder / "tokenizer.json", file)
-    remedy = "Expected tokenizer files of Qwen3-VL that need no code of their own. " + CHECKPOINT.remedy
+    remedy = "Expected tokenizer files of Qwen3-VL that need no custom code. " + CHECKPOINT.remedy
     with faults_of(folder, "the tokenizer cannot be loaded", remedy):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
@@ -195,20 +195,20 @@ def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def _check_added_tokens(path: Path, file: TokenizerFile) -> None:
-    """Refuse a token with two ids: which one a library takes is its own affair, and no two agree."""
+    """Refuse a token with two ids: libraries disagree on which one they use."""
     tokens = [token.content for token in file.added_tokens]
     twice = sorted(token for token, count in Counter(tokens).items() if count > 1)
     if twice:
         raise CheckpointError(
-            f"{path}: {len(twice)} added tokens stand there twice (first: {twice[0]}). Expected one id for each; "
-            "rebuild it from a tokenizer without them."
+            f"{path}: {len(twice)} added tokens occur twice (first: {twice[0]}). Expected one id per token; rebuild it "
+            "from a tokenizer without them."
         )
 
 
 def _check_special_tokens(path: Path, tokenizer: PreTrainedTokenizerBase, file: TokenizerFile | None) -> None:
-    """Refuse a role for a token that the vocabulary lacks: transformers would give it a new id, of no embedding."""
+    """Refuse a special token that the vocabulary lacks: transformers would give it a new id without an embedding."""
     if tokenizer.pad_token is None:
-        CHECKPOINT.refuse(str(path), "names no pad_token")
+        CHECKPOINT.refuse(str(path), "has no pad_token")
     known = {token.content for token in file.added_tokens} | set(file.model.vocab) if file else tokenizer.get_vocab()
     for role in ("bos_token", "eos_token", "pad_token", "unk_token"):
         if (token := getattr(tokenizer, role)) is not None and token not in known:
@@ -216,15 +216,15 @@ def _check_special_tokens(path: Path, tokenizer: PreTrainedTokenizerBase, file: 
 
 
 def _check_template(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Render a question once, as each picture's will be."""
-    with faults_of(folder, "a question cannot be put by the chat template"):
+    """Render a prompt once, as for every image."""
+    with faults_of(folder, "its chat template cannot render a prompt"):
         ids, pads = question_ids(tokenizer, "a"), tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     if (count := int((ids == pads).sum())) != 1:
-        CHECKPOINT.refuse(str(folder), f"its chat template gives a question {count} places for an image, not one")
+        CHECKPOINT.refuse(str(folder), f"its chat template renders {count} image placeholders in a prompt, not one")
 
 
 def _load_model(folder: Path, dtype: torch.dtype) -> Qwen3VLForConditionalGeneration:
-    """The model, every weight of which came from the files: transformers alone would draw missing ones at random."""
+    """The model with all weights from the files: by default, transformers initializes missing weights randomly."""
     model: Qwen3VLForConditionalGeneration
     info: dict[str, Iterable[Any]]
     remedy = "Copy the checkpoint again, or run the stage that writes it."
@@ -234,26 +234,26 @@ def _load_model(folder: Path, dtype: torch.dtype) -> Qwen3VLForConditionalGenera
             dtype=dtype,
             local_files_only=True,
             use_safetensors=True,
-            attn_implementation="sdpa",  # whatever the folder names: others need packages or kernels from a hub
+            attn_implementation="sdpa",  # override the folder: others need more packages or kernels from the Hub
             ignore_mismatched_sizes=True,  # reported below, by name
             output_loading_info=True,
         )
     lost = [*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])]
     if lost:
         raise CheckpointError(
-            f"{folder}: weights that config.json asks for are not in the safetensors files or have another shape "
-            f"({len(lost)} in all, first {min(lost)}). Take config and weights from one checkpoint."
+            f"{folder}: weights that config.json requires are not in the safetensors files or have another shape "
+            f"({len(lost)} in all, first {min(lost)}). Take config and weights from the same checkpoint."
         )
-    # Beams or a time limit that a folder asks for would change answers; how they are generated is a parameter.
+    # Drop the folder's generation settings, such as beams or a time limit: decoding is set by parameters alone.
     ids = {name: getattr(model.generation_config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     model.generation_config = GenerationConfig(**ids)
     return use_segment_attention(model)
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, weights: dict[str, Tensor] | None = None) -> None:
-    """Write a plain checkpoint that Hugging Face and vLLM load without code of ours, and feed with the same pixels.
+    """Write a plain checkpoint that transformers and vLLM load without our code, and feed with the same pixels.
 
-    `weights` are those of the model by name, where it does not hold them whole itself.
+    `weights` are the weights by name if the model itself does not hold them complete (sharded, or with adapters).
     """
     folder.mkdir(parents=True, exist_ok=True)
     try:

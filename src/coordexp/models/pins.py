@@ -1,7 +1,8 @@
-"""The files that a profile's pretrained model consists of, pinned by size and sha256 in `model.files`.
+"""The files of a profile's pretrained model, pinned by size and sha256 in `model.files`.
 
-DVC does not track the folder: `dvc exp run` would commit the weights behind a link into git. What is tracked is the
-pins, as parameters; so other weights are another run, and a folder that does not hold the pinned files stops it.
+DVC does not track the folder: `dvc exp run` would commit the weights behind a link into git. The pins are tracked, as
+parameters. Different weights therefore mean a different run, and a folder with other files than the pinned ones stops
+the run.
 """
 
 from __future__ import annotations
@@ -27,15 +28,15 @@ from coordexp.infra.foreign import strict_json
 from coordexp.infra.provenance import answer_files, weight_files
 from coordexp.infra.resume import resume_root
 
-_REMEMBERED_BYTES = 1 << 26  # smaller files are hashed in no time
-_SETTLED_SECONDS = 2.0  # a file changed later than that may change again within one tick of its time stamp
+_REMEMBERED_BYTES = 1 << 26  # hashing smaller files is fast
+_SETTLED_SECONDS = 2.0  # a file changed more recently may change again without a new timestamp (infra/artefacts.py)
 
 
 def pinned_folder(model: ModelConfig, profile: str) -> Path:
-    """The folder of the profile's pretrained model, every file of which is the pinned one.
+    """The folder of the profile's pretrained model, after all files were compared with the pins.
 
     Raises:
-        CheckpointError: there are no pins, or the folder holds other files.
+        CheckpointError: there are no pins, or the files differ from them.
     """
     if fault := pin_fault(model, profile):
         raise CheckpointError(fault)
@@ -43,20 +44,20 @@ def pinned_folder(model: ModelConfig, profile: str) -> Path:
 
 
 def pin_fault(model: ModelConfig, profile: str) -> str:
-    """How the folder at `model.path` differs from the pins, and the remedy; the empty string if it does not."""
+    """The differences between the folder at `model.path` and the pins, with the remedy; empty if there are none."""
     folder, command = model_folder(model.path), f"`coordexp doctor --pin --profile {profile}`"
     if not folder.is_dir():
         return (
-            f"{folder}: no such folder. Put the model of profile {profile} there (a Hugging Face checkpoint, or a link "
+            f"{folder}: no such folder. Put the model of profile {profile} there (a Hugging Face checkpoint or a link "
             f"to one), or set model.path in configs/{profile}.yaml."
         )
     if model.files is None:
         return (
-            f"configs/{profile}.yaml: model.files is null, expected size and sha256 of each file of {folder}. Without "
-            f"them a run could start from any model: run {command}, which writes them, and commit the profile."
+            f"configs/{profile}.yaml: model.files is null, expected size and sha256 of each file in {folder}. Without "
+            f"them, a run could start from any model: run {command} to write them, and commit the profile."
         )
     faults = list(_differences(folder, model.files))
-    remedy = f"Restore the model that was pinned, or, if this one is meant, run {command}, and commit the profile."
+    remedy = f"Restore the pinned model; or, if the new files are intended, run {command} and commit the profile."
     return "\n  ".join([f"{folder}: not the model that profile {profile} pins:", *faults, remedy]) if faults else ""
 
 
@@ -65,7 +66,7 @@ def _differences(folder: Path, pins: dict[str, FilePin]) -> Iterator[str]:
     for name in sorted(pins.keys() | present.keys()):
         path = folder / name
         if name not in pins:
-            yield f"{path}: found a file that the model would be loaded with, but model.files has no pin of it."
+            yield f"{path}: found a file that would be loaded with the model, but model.files has no pin for it."
             continue
         pin = pins[name]
         expected = f"expected {pin.bytes:,} bytes, sha256 {pin.sha256} (model.files)"
@@ -78,7 +79,7 @@ def _differences(folder: Path, pins: dict[str, FilePin]) -> Iterator[str]:
 
 
 def pins_of(folder: Path) -> dict[str, FilePin]:
-    """The pins of a checkpoint folder as it is now; raises CheckpointError if it holds no weights."""
+    """The pins of the present files of a checkpoint folder; raises CheckpointError if it has no weights."""
     if not weight_files(folder):
         raise CheckpointError(
             f"{folder}: found no *.safetensors, so there is no model to pin. Put a Hugging Face checkpoint there (or a "
@@ -89,10 +90,10 @@ def pins_of(folder: Path) -> dict[str, FilePin]:
 
 
 def write_pins(path: Path) -> dict[str, FilePin]:
-    """Pin what lies at `model.path` of a profile file, in that file; comments and all other lines stay.
+    """Write the pins of the model at `model.path` into the profile file; comments and other lines stay.
 
     Raises:
-        ConfigError: the profile is wrong.
+        ConfigError: the profile is invalid.
         CheckpointError: there is no model at that path.
     """
     pins = pins_of(model_folder(load_profile(path).model.path))
@@ -113,30 +114,30 @@ def write_pins(path: Path) -> dict[str, FilePin]:
 
 
 class _Digests:
-    """sha256 of files. Those of big ones are remembered until size, times or inode change, as 16 GB take a minute."""
+    """sha256 of files; those of large files are cached until size, times or inode change (16 GB take a minute)."""
 
     def __init__(self) -> None:
         self._memory = resume_root() / ".model-digests.json"
 
     def of(self, path: Path) -> str:
-        """All 64 hex digits."""
+        """The sha256 as 64 hex digits."""
         stat = path.stat()
         if stat.st_size < _REMEMBERED_BYTES:
             return file_sha256(path)
-        # A link and its target are one file: the name that counts is where it really lies.
+        # A link and its target are one file, so the key is the resolved path.
         key, state = str(path.resolve()), [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
         known = self._read()
         if isinstance(entry := known.get(key), dict) and entry.get("state") == state and "sha256" in entry:
             return str(entry["sha256"])
         digest = file_sha256(path)
         if time.time() - max(stat.st_mtime, stat.st_ctime) > _SETTLED_SECONDS:
-            with suppress(OSError):  # it only saves time; a checkout may be read-only
+            with suppress(OSError):  # the cache only saves time, and a checkout may be read-only
                 write_text(self._memory, json.dumps({**known, key: {"state": state, "sha256": digest}}, indent=1))
         return digest
 
     def _read(self) -> dict[str, Any]:
         try:
             known = strict_json(self._memory.read_text(encoding="utf-8"))
-        except (OSError, ValueError):  # none yet, or a broken one: hash again
+        except (OSError, ValueError):  # no cache yet, or a damaged one: hash again
             return {}
         return known if isinstance(known, dict) else {}

@@ -1,6 +1,6 @@
-"""The image format of a checkpoint: patch and merge sizes from its config, limits of area from its processor files.
+"""The image format of a checkpoint: patch and merge sizes from its config, area limits from its processor files.
 
-The files are those of transformers, so that `AutoProcessor` and vLLM see the pixels that training saw.
+These are the files of transformers, so that `AutoProcessor` and vLLM use the same pixels as training.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from coordexp.packing.pixels import PIXEL_MEAN, PIXEL_STD, PixelSpec
 
 IMAGE_FILE = "preprocessor_config.json"
 VIDEO_FILE = "video_preprocessor_config.json"
-PROCESSOR_FILE = "processor_config.json"  # where newer versions of transformers write all of it, in blocks
+PROCESSOR_FILE = "processor_config.json"  # newer versions of transformers write all settings here, in blocks
 PROCESSOR_FILES = frozenset({IMAGE_FILE, VIDEO_FILE, PROCESSOR_FILE})
 
 
 def pixel_spec(config: Qwen3VLConfig, min_pixels: int, max_pixels: int) -> PixelSpec:
-    """What `packing.pixels` needs to know to feed this model; raises CheckpointError if its patches are not square."""
+    """The input format of a model for `packing.pixels`; raises CheckpointError if its patches are not square."""
     vision = config.vision_config
-    assert isinstance(vision, Qwen3VLVisionConfig)  # the config builds it from whatever it was given
+    assert isinstance(vision, Qwen3VLVisionConfig)  # Qwen3VLConfig always converts it to this type
     patch, temporal = vision.patch_size, vision.temporal_patch_size
     if not isinstance(patch, int) or not isinstance(temporal, int):
         raise CheckpointError(
             f"config.json: vision_config has patch_size {patch!r} and temporal_patch_size {temporal!r}, expected one "
-            "whole number each. Only models with square patches can be fed."
+            "integer each. Only models with square patches are supported."
         )
     return PixelSpec(
         patch_size=patch,
@@ -44,7 +44,7 @@ def pixel_spec(config: Qwen3VLConfig, min_pixels: int, max_pixels: int) -> Pixel
 
 
 def write_processor_files(folder: Path, pixels: PixelSpec) -> None:
-    """Say in a new checkpoint folder how its pictures are prepared."""
+    """Write the image format into a new checkpoint folder."""
     common = {
         "processor_class": "Qwen3VLProcessor",
         "patch_size": pixels.patch_size,
@@ -59,10 +59,10 @@ def write_processor_files(folder: Path, pixels: PixelSpec) -> None:
 
 
 def read_pixel_spec(folder: Path, config: Qwen3VLConfig) -> PixelSpec:
-    """The format that the processor files of a checkpoint ask for.
+    """The image format in the processor files of a checkpoint.
 
     Raises:
-        CheckpointError: there are none, or they ask for what `packing.pixels` does not do, or contradict config.json.
+        CheckpointError: the files are missing, `packing.pixels` does not support them, or they contradict config.json.
     """
     path, block = _image_block(folder)
     size = block.get("size")
@@ -71,8 +71,8 @@ def read_pixel_spec(folder: Path, config: Qwen3VLConfig) -> PixelSpec:
     high = limits.get("longest_edge", block.get("max_pixels"))
     if not (_is_count(low) and _is_count(high)) or low > high:
         raise CheckpointError(
-            f"{path}: smallest and largest area of a picture are {repr_of(low)} and {repr_of(high)} pixels "
-            f"(size.shortest_edge, size.longest_edge), expected whole numbers with 1 <= smallest <= largest. {_REMEDY}"
+            f"{path}: minimum and maximum image area are {repr_of(low)} and {repr_of(high)} pixels "
+            f"(size.shortest_edge, size.longest_edge), expected integers with 1 <= minimum <= maximum. {_REMEDY}"
         )
     spec = pixel_spec(config, low, high)
     expected = {
@@ -85,7 +85,7 @@ def read_pixel_spec(folder: Path, config: Qwen3VLConfig) -> PixelSpec:
     for key, value in expected.items():
         if block.get(key, value) != value:
             raise CheckpointError(
-                f"{path}: {key} is {repr_of(block[key])}, expected {value!r}, as its config.json. {_REMEDY}"
+                f"{path}: {key} is {repr_of(block[key])}, expected {value!r}, as in its config.json. {_REMEDY}"
             )
     return spec
 
@@ -101,10 +101,10 @@ def _image_block(folder: Path) -> tuple[Path, Mapping[str, Any]]:
         content = CHECKPOINT.read_object(path)
         block = content.get("image_processor", content)
         if not isinstance(block, dict):
-            raise CheckpointError(f"{path}: no settings of an image processor, expected an object. {_REMEDY}")
+            raise CheckpointError(f"{path}: the image processor settings are not a JSON object. {_REMEDY}")
         if name == IMAGE_FILE or "image_processor" in content:
             return path, block
-    raise CheckpointError(f"{folder}: no {IMAGE_FILE}, which says how large pictures are given to the model. {_REMEDY}")
+    raise CheckpointError(f"{folder}: no {IMAGE_FILE}, which sets the image size of the model. {_REMEDY}")
 
 
 def _is_count(value: Any) -> TypeGuard[int]:

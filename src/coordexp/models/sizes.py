@@ -1,7 +1,7 @@
-"""The dense sizes of Qwen3-VL as published, and a shrunken model of the same family for checks without its weights.
+"""The published dense sizes of Qwen3-VL, and a shrunken model of the same family for checks without its weights.
 
-Numbers are those of the config.json files of Qwen3-VL-2B, -4B and -8B-Instruct. Parameter counts follow from them; the
-tests compare these with the published totals.
+The numbers are from the config.json files of Qwen3-VL-2B, -4B and -8B-Instruct. Tests compare the resulting parameter
+counts with the published totals.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ VOCABULARY_ROWS = 151_936
 
 @dataclass(frozen=True, slots=True)
 class DenseSize:
-    """What differs between the dense sizes."""
+    """The values that differ between the dense sizes."""
 
     hidden: int
     intermediate: int
@@ -76,10 +76,10 @@ def qwen3_vl_config(size: str) -> Qwen3VLConfig:
 
 
 def shrunken_config(config: Qwen3VLConfig, hidden: int = 64, layers: int = 2) -> Qwen3VLConfig:
-    """The same family and vocabulary at a fraction of the width and depth: patches, merging, tying and ids stay."""
+    """The same architecture and vocabulary with a fraction of width and depth; patches, merging, tying and ids stay."""
     tree = config.to_dict()
     text, vision = tree["text_config"], tree["vision_config"]
-    text.pop("layer_types", None)  # one entry for each of the old layers
+    text.pop("layer_types", None)  # has one entry per original layer
     text |= {"hidden_size": hidden, "intermediate_size": 2 * hidden, "num_hidden_layers": layers}
     text |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
     text["rope_parameters"]["mrope_section"] = [6, 5, 5]  # head_dim / 2 frequencies
@@ -89,16 +89,16 @@ def shrunken_config(config: Qwen3VLConfig, hidden: int = 64, layers: int = 2) ->
 
 
 def build_shrunken(config: Qwen3VLConfig, seed: int) -> Qwen3VLForConditionalGeneration:
-    """A random model of `shrunken_config`, in float32."""
+    """A randomly initialized model of `shrunken_config`, in float32."""
     torch.manual_seed(seed)
     return Qwen3VLForConditionalGeneration(shrunken_config(config))
 
 
 def write_shrunken(folder: Path, out: Path, seed: int) -> int:
-    """Write a shrunken model with config and tokenizer of a checkpoint folder; returns its number of parameters.
+    """Write a shrunken model with the config and tokenizer of a checkpoint folder; returns its number of parameters.
 
     Raises:
-        CheckpointError: the folder is no Qwen3-VL checkpoint; its weights are not looked at.
+        CheckpointError: the folder is not a Qwen3-VL checkpoint; its weights are not read.
     """
     form = read_format(folder)
     model = build_shrunken(Qwen3VLConfig.from_pretrained(folder, local_files_only=True), seed)

@@ -1,10 +1,11 @@
-"""From segments to one packed batch: input ids, positions, pixels, and the slots that are supervised.
+"""Turn segments into one packed batch: input ids, positions, pixels, and supervised slots.
 
 A *slot* is the position whose logits predict a token: the token at flat position i of a row is predicted at i - 1.
-Slots are listed per loss family, so the head runs on supervised positions only and no label tensor is shifted later.
+Slots are listed per loss family instead of a shifted label tensor. The vocabulary head (152k tokens in Qwen3-VL) then
+runs on supervised positions only, not on image and prompt tokens.
 
-Shapes: B rows, T tokens a row, S text slots, N = 4 * G coordinate slots of G boxes, U slots of tokens to push down,
-O slots of the coordinate tokens of a reordered annotation, P patches, I images.
+Shapes: B rows, T tokens per row, S text slots, N = 4 * G coordinate slots of G boxes, U slots of tokens whose
+probability is reduced, O slots of the coordinate tokens of a reordered annotation, P patches, I images.
 """
 
 from __future__ import annotations
@@ -31,11 +32,12 @@ _TEXT_ROLES = (Role.STRUCT, Role.DESC, Role.NUMBER, Role.CLOSE)
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """One sequence to run: a sample's image and prompt, some answer, and what in it is supervised.
+    """One sequence: a sample's image and prompt, an answer, and the supervision of its tokens.
 
-    Per answer token (length A): `text_weights` (0 = no text loss). `box_tokens` (G, 4) are the answer positions of the
-    coordinates of each supervised box, `box_targets` (G, 4) their unrounded target bins. `unlikely_tokens` (U,) are the
-    answer positions of tokens to push down, `reordered_tokens` (O,) of coordinate tokens that are supervised as tokens.
+    `text_weights` has one weight per answer token (0: no text loss). `box_tokens` (G, 4) are the answer positions of
+    the coordinates of each supervised box, `box_targets` (G, 4) their unrounded target bins. `unlikely_tokens` (U,) are
+    the answer positions of tokens with an unlikelihood loss, `reordered_tokens` (O,) those of coordinate tokens that
+    are supervised by cross entropy.
     """
 
     sample: Sample
@@ -49,7 +51,7 @@ class Segment:
 
     @property
     def length(self) -> int:
-        """Tokens of prompt and answer."""
+        """Number of tokens of prompt and answer."""
         return self.sample.prompt_length + len(self.answer_ids)
 
 
@@ -59,9 +61,9 @@ def coordinate_positions(roles: NDArray[np.uint8]) -> NDArray[np.int64]:
 
 
 def teacher_segment(sample: Sample) -> Segment:
-    """The segment that teaches a sample's own answer: text everywhere but at coordinates, boxes for every object."""
+    """The segment with a sample's own answer (teacher forcing): boxes for all objects, text loss on other tokens."""
     box_tokens = coordinate_positions(sample.answer_roles)
-    answered = sample.boxes_xyxy_px[: len(box_tokens)]  # crowds come last and are not in the answer
+    answered = sample.boxes_xyxy_px[: len(box_tokens)]  # crowd regions come last and are not in the answer
     targets = target_bins(answered, sample.width, sample.height)
     return Segment(
         sample=sample,
@@ -92,7 +94,7 @@ class PackedBatch:
     reordered_slots: Tensor  # (O,) int64
     reordered_ids: Tensor  # (O,) int64 token ids
     segments: tuple[int, ...]  # lengths, one row after another; the padding of a row is a segment, too
-    pictures: tuple[int, ...]  # patches of each
+    pictures: tuple[int, ...]  # number of patches per image
     n_segments: int
     n_tokens: int  # without padding
 
@@ -107,7 +109,7 @@ class PackedBatch:
 
 
 class Collator:
-    """Builds packed batches; owns the image root and the pixel format, nothing else."""
+    """Builds packed batches from segments; reads their images below the image root in the given pixel format."""
 
     def __init__(self, image_root: Path, pixels: PixelSpec, image_token_id: int, pad_id: int, pack_tokens: int) -> None:
         self._image_root = image_root
@@ -121,11 +123,11 @@ class Collator:
         return self.layout(segments, self.rows(segments))
 
     def rows(self, segments: Sequence[Segment]) -> list[list[int]]:
-        """Which segments share a row, in the order in which slots are listed."""
+        """Assign segments to rows; the order is that of the slots."""
         return pack_rows([s.length for s in segments], self._pack_tokens)
 
     def patches(self, sample: Sample) -> NDArray[np.float32]:
-        """The picture of a sample as the model takes it (`packing.pixels.patchify`); raises DataError."""
+        """The image of a sample in the model's input format (`packing.pixels.patchify`); raises DataError."""
         return patchify(self._load(sample), self._pixels)
 
     def layout(
@@ -134,9 +136,9 @@ class Collator:
         rows: Sequence[Sequence[int]],
         pictures: Sequence[NDArray[np.float32]] | None = None,
     ) -> PackedBatch:
-        """Lay out segments in the given rows; a row is padded at its end as a segment of its own.
+        """Lay out segments in the given rows; padding at the end of a row is a separate segment.
 
-        `pictures` are the `patches` of the segments, where they were read already.
+        `pictures` are the `patches` of the segments, if they were read already.
         """
         width, side = max(sum(segments[i].length for i in row) for row in rows), self._pixels.patch_size
         input_ids = np.full((len(rows), width), self._pad_id, dtype=np.int64)
@@ -158,7 +160,8 @@ class Collator:
                 at = end
             positions[:, r, at:] = np.arange(width - at)
             if at < width:
-                lengths.append(width - at)  # the padding is a segment of its own, which nothing else attends to
+                # As a separate segment, padding attends only to itself, and no attention mask is needed.
+                lengths.append(width - at)
         return PackedBatch(
             input_ids=torch.from_numpy(input_ids),
             position_ids=torch.from_numpy(positions),
@@ -172,7 +175,7 @@ class Collator:
         )
 
     def idle(self, segment: Segment) -> PackedBatch:
-        """A batch of this segment alone in which nothing is supervised and nothing is counted."""
+        """A batch of only this segment, without supervision, that does not count."""
         nothing = np.zeros(len(segment.answer_ids), np.float32)
         no_tokens, no_targets = np.empty((0, 4), np.int64), np.empty((0, 4), np.float32)
         bare = Segment(segment.sample, segment.answer_ids, segment.answer_roles, nothing, no_tokens, no_targets)
@@ -195,11 +198,16 @@ class Collator:
 def segment_positions(before_image: int, grid_height: int, grid_width: int, after_image: int) -> NDArray[np.int64]:
     """Positions (4, L) of one segment: text, one image of grid_height x grid_width visual tokens, text.
 
-    Row 0 holds text positions that restart at 0 per segment, rows 1-3 the temporal, height and width positions of
-    Qwen3-VL's M-RoPE. Where transformers builds the attention mask itself, row 0 is what it tells segments apart by.
+    Row 0 holds text positions that restart at 0 in every segment. Rows 1-3 are the temporal, height and width positions
+    of M-RoPE (Qwen2-VL, arXiv:2409.12191, section 2.1). If transformers builds the attention mask itself, it separates
+    segments by the restarts of row 0.
 
-    Same rule as `Qwen3VLModel.get_rope_index`: image tokens share one temporal position, rows and columns count from
-    it, and the text after the image goes on from the largest position plus one.
+    The rule is that of `Qwen3VLModel.get_rope_index`: image tokens share one temporal position, rows and columns count
+    up from it, and the text after the image continues at the largest position plus one.
+
+    Positions restart in every segment, so a packed segment has exactly the positions of an unpacked one. Rotary
+    attention scores depend only on differences of positions (RoFormer, arXiv:2104.09864, section 3.2.2), and a segment
+    attends only to itself: the restart changes no score, but keeps positions within the range of pretraining.
     """
     n_image = grid_height * grid_width
     length = before_image + n_image + after_image
@@ -210,17 +218,18 @@ def segment_positions(before_image: int, grid_height: int, grid_width: int, afte
     out[1, image] = before_image
     out[2, image] = before_image + np.repeat(np.arange(grid_height), grid_width)
     out[3, image] = before_image + np.tile(np.arange(grid_width), grid_height)
+    # One image advances the position by its longer side, not by its number of tokens.
     out[1:, image.stop :] = before_image + max(grid_height, grid_width) + np.arange(after_image)
     return out
 
 
 @dataclass(frozen=True, slots=True)
 class RankSlice:
-    """Which rows of a step process `index` of `count` runs, and how many of them in one forward (0: all at once).
+    """The rows of a step that process `index` of `count` runs, and the rows per forward pass (0: all at once).
 
-    Rows are dealt out like cards, so a process has at most one row more than another. Every process makes the same
-    number of forwards, because collective operations wait for everyone: one that has no row left runs an idle row,
-    whose losses have no slot and whose gradients are zero.
+    Rows are assigned round-robin, so that processes differ by at most one row. Every process makes the same number of
+    forward passes, because collective operations wait for all processes. A process without a row left runs an idle row,
+    which has no slots and zero gradients.
     """
 
     index: int = 0
@@ -228,9 +237,9 @@ class RankSlice:
     rows_per_forward: int = 0
 
     def chunks(self, n_rows: int) -> list[list[int]]:
-        """Row indices of each forward of this process; an empty list is an idle forward."""
+        """Row indices of each forward pass of this process; an empty list is an idle pass."""
         mine = list(range(self.index, n_rows, self.count))
-        most = -(-n_rows // self.count)  # of the process with the most rows
+        most = -(-n_rows // self.count)  # maximum number of rows of a process: the quotient rounded up
         size = self.rows_per_forward or most
         return [mine[first : first + size] for first in range(0, most, size)]
 
@@ -241,13 +250,13 @@ WHOLE = RankSlice()
 def rank_batches(
     collator: Collator, segments: Sequence[Segment], rows: Sequence[Sequence[int]], share: RankSlice
 ) -> Iterator[PackedBatch]:
-    """The batches that this process runs, one after another. Over all processes every row is in exactly one batch.
+    """Yield the batches of this process. Across all processes, every row is in exactly one batch.
 
     Args:
         collator: lays out the batches.
         segments: all segments of the step.
-        rows: which segments share a row.
-        share: what this process takes.
+        rows: segment indices of each row.
+        share: the rows of this process.
     """
     for chunk in share.chunks(len(rows)):
         chosen = [rows[r] for r in chunk]
@@ -260,12 +269,11 @@ def rank_batches(
 
 
 def _slot_tensors(segments: Sequence[Segment], answer_starts: Sequence[int]) -> dict[str, Tensor]:
-    """The supervised slots of a batch under the field names of `PackedBatch`; answers start at these flat positions.
-
-    The slot of a token is the position before it.
-    """
+    """The supervised slots of a batch by field name of `PackedBatch`; answers start at these flat positions."""
     supervised = [np.flatnonzero(s.text_weights > 0) for s in segments]
     texts = list(zip(segments, supervised, strict=True))
+    # The slot of a token is the position before it. The first answer token's slot is the last token of the prompt, so
+    # a slot is never in another segment or row.
     before = [start - 1 for start in answer_starts]
     coord = [s.box_tokens.reshape(-1) + at for s, at in zip(segments, before, strict=True)]
     columns: dict[str, list[NDArray]] = {

@@ -1,8 +1,9 @@
-"""The packing plan: constant-volume packs by first-fit decreasing over a length histogram, each pack finished by the
-pair of samples that fills it best.
+"""The packing plan: packs of at most `pack_tokens` tokens, filled longest sample first.
 
-Samples of one length are interchangeable, so the planner packs lengths, not samples: the number of distinct lengths
-bounds the work, and 100,000 samples take well under a second.
+Samples of equal length are interchangeable, so the planner packs a histogram of lengths, not samples (Krell et al.,
+arXiv:2107.02027). The number of distinct lengths bounds the work: 100,000 samples take well under a second. Plain
+first-fit decreasing leaves a random gap in every pack; here the last two samples of a pack are chosen together to fill
+it best.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from coordexp.infra.random_streams import generator
 
 @dataclass(frozen=True, slots=True)
 class PackPlan:
-    """Packs as lists of sample indices, and the volume they were planned for (tokens)."""
+    """Packs as lists of sample indices, and their planned volume in tokens."""
 
     packs: tuple[tuple[int, ...], ...]
     pack_tokens: int
@@ -33,22 +34,22 @@ class PackPlan:
 
     @property
     def fill(self) -> float:
-        """Share of the planned volume that holds tokens."""
+        """Fraction of the planned volume that holds tokens."""
         return self.used_tokens / (len(self.packs) * self.pack_tokens) if self.packs else 1.0
 
 
 def plan_packs(lengths: NDArray[np.integer], pack_tokens: int, seed: int) -> PackPlan:
     """Pack samples into rows of at most `pack_tokens`.
 
-    Which of the samples with equal length goes where, and the order of the packs, is drawn from `seed`.
-    Raises DataError naming the first sample that is longer than a pack.
+    `seed` determines the choice among samples of equal length, and the order of the packs.
+    Raises DataError if samples are longer than a pack; the message names the longest.
     """
     too_long = np.flatnonzero(lengths > pack_tokens)
     if len(too_long):
         worst = int(too_long[np.argmax(lengths[too_long])])
         raise DataError(
             f"{len(too_long)} of {len(lengths)} samples are longer than packing.pack_tokens = {pack_tokens} (longest: "
-            f"sample {worst} with {int(lengths[worst])} tokens). Raise pack_tokens, or lower model.max_pixels."
+            f"sample {worst} with {int(lengths[worst])} tokens). Increase pack_tokens, or reduce model.max_pixels."
         )
     rng = generator(seed, "pack/order")
     left = _Unpacked(lengths, rng)
@@ -75,7 +76,7 @@ def read_packs(path: Path) -> list[list[int]]:
 
 
 def plan_stats(plan: PackPlan) -> dict[str, Any]:
-    """Fill and sizes of a plan."""
+    """Fill and sizes of a plan, for the summary."""
     per_pack = [len(p) for p in plan.packs]
     return {
         "pack_tokens": plan.pack_tokens,
@@ -89,18 +90,18 @@ def plan_stats(plan: PackPlan) -> dict[str, Any]:
 
 
 class _Unpacked:
-    """The samples that are in no pack yet, by length."""
+    """The samples that are not in a pack yet, by length."""
 
     def __init__(self, lengths: NDArray[np.integer], rng: np.random.Generator) -> None:
         order = rng.permutation(len(lengths))
         order = order[np.argsort(lengths[order], kind="stable")]
         values, starts = np.unique(lengths[order], return_index=True)
-        self.lengths: list[int] = values.tolist()  # those that are left, rising
+        self.lengths: list[int] = values.tolist()  # distinct lengths of the remaining samples, ascending
         self._lengths_D = values
         self._samples = dict(zip(self.lengths, [part.tolist() for part in np.split(order, starts[1:])], strict=True))
 
     def fill(self, room: int) -> list[int]:
-        """Take the samples of one pack: longest first, the last two together. Ends when no sample fits."""
+        """Take the samples of one pack: longest first, the last two together. Stops when no sample fits."""
         pack: list[int] = []
         while self.lengths and self.lengths[0] <= room:
             longest = self.lengths[bisect_right(self.lengths, room) - 1]
@@ -111,13 +112,14 @@ class _Unpacked:
         return pack
 
     def _fullest_two(self, room: int) -> list[int]:
-        """The two lengths, or the one, that fill the room best; of equally good ones those with the longest sample.
+        """The one or two lengths that fill the room best; among equally good choices, the one with the longest sample.
 
-        The longest that fits leaves a rest that is as good as random. Over a data set some pair almost always fits
+        The longest length that fits leaves a rest of random size, but in a large data set some pair almost always fits
         exactly.
         """
         first_D = self._lengths_D[: bisect_right(self.lengths, room)]
-        second_D = np.searchsorted(self._lengths_D, room - first_D, side="right") - 1  # -1: alone
+        second_D = np.searchsorted(self._lengths_D, room - first_D, side="right") - 1  # -1: no second sample fits
+        # A pair of equal lengths needs two samples of that length.
         for twice in np.flatnonzero(second_D == np.arange(len(first_D))):
             if len(self._samples[self.lengths[twice]]) == 1:
                 second_D[twice] -= 1
@@ -135,9 +137,10 @@ class _Unpacked:
 
 
 def pack_rows(lengths: list[int], pack_tokens: int) -> list[list[int]]:
-    """First-fit decreasing of a few segments (one training step's pool); indices per row, deterministic.
+    """Pack a few segments (those of one training step) by first-fit decreasing; returns indices per row.
 
-    A segment longer than `pack_tokens` gets a row of its own: a rollout may outgrow the plan.
+    First-fit decreasing needs at most 11/9 of the optimal number of rows plus a constant (Johnson 1973). A segment
+    longer than `pack_tokens` gets a separate row: a rollout may be longer than planned.
     """
     rows: list[list[int]] = []
     room: list[int] = []

@@ -1,4 +1,4 @@
-"""From records to tokenised samples: boxes to bins, objects to answer tokens, image size to visual tokens."""
+"""Turn records into tokenized samples: boxes to bins, objects to answer tokens, image sizes to visual tokens."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ from coordexp.text.prompts import FORMAT_SUFFIXES, asked_names, prompt_ids, ques
 
 @dataclass(frozen=True, slots=True)
 class PreparedCounts:
-    """What went into one split."""
+    """Counts of one prepared split."""
 
     samples: int
     objects: int
     tokens: int
     longest: int
-    collapsed_boxes: int  # boxes whose two bins of an axis coincide: no detector of this kind can express them
+    collapsed_boxes: int  # boxes with equal bins on an axis: coordinate tokens cannot express them
 
 
 class SamplePreparer:
-    """Records to samples, with one tokenizer, pixel format and codec; `formats` are tasks with codecs of their own."""
+    """Turns records into samples with one tokenizer, pixel format and codec; `formats` are tasks with other codecs."""
 
     def __init__(
         self,
@@ -50,13 +50,13 @@ class SamplePreparer:
         self._encoder_of = {task: AnswerEncoder(tokenizer, other) for task, other in formats.items()}
         self._pixels = pixels
         self._prompts: dict[str, NDArray[np.int32]] = {}
-        # Few questions are asked often; those that list names may all differ.
+        # A few prompts are frequent; prompts that list category names may all differ.
         self._question_ids = lru_cache(maxsize=4096)(lambda words: question_ids(tokenizer, words))
 
     def prepare(self, record: Record, task: str = "detect") -> Sample:
-        """One record as a sample. Crowd objects are kept as annotations but not put into the answer.
+        """Turn one record into a sample. Crowd objects stay annotations, but are not in the answer.
 
-        A record that asks for some names only (`metadata.prompt`) has only those as annotations.
+        If the prompt lists category names (`metadata.prompt`), only these objects are kept as annotations.
         """
         width, height = resized_size(record.width, record.height, self._pixels)
         prompt = record.metadata.get("prompt") if task in FORMAT_SUFFIXES else None
@@ -104,21 +104,21 @@ class SamplePreparer:
 
 
 def image_id_of(record: Record) -> int:
-    """The source's image id, or a stable 48-bit hash of the path where the source has none."""
+    """The image id of the source, or a stable 48-bit hash of the path if the source has none."""
     if "image_id" in record.metadata:
         return int(record.metadata["image_id"])
     return int.from_bytes(hashlib.sha256(record.image.encode()).digest()[:6], "big")
 
 
 def have_areas(records: Iterable[Record]) -> bool:
-    """Whether any object has an annotated area that is not its box's."""
+    """Whether any object has an annotated area (of a mask), which differs from the area of its box."""
     return any(obj.area_px2 is not None for record in records for obj in record.objects)
 
 
 def write_split(
     preparer: SamplePreparer, records: Iterable[Record], tasks: Iterable[str], path: Path, with_areas: bool = False
 ) -> PreparedCounts:
-    """Prepare every record and write the parquet file of one split; `with_areas` is what `have_areas` says of them."""
+    """Prepare all records and write the parquet file of one split; `with_areas` is the result of `have_areas`."""
     samples = objects = tokens = longest = collapsed = 0
     with replacing(path) as temporary, SampleWriter(temporary, with_areas=with_areas) as writer:
         for record, task in zip(records, tasks, strict=False):

@@ -1,4 +1,4 @@
-"""Tokenised samples: what norm1000 writes and every trainer and engine reads (one parquet file per split)."""
+"""Tokenized samples: norm1000 writes one parquet file per split, and every trainer and engine reads it."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ SCHEMA = pa.schema(
         ("asked", pa.list_(pa.string())),
     ]
 )
-# Only in files that have annotated areas: most sources give none. 64 bits, because an area decides between bands.
+# Only in files with annotated areas, which most sources lack. 64 bits: an area close to a limit decides the size band.
 AREA_COLUMN = pa.field("areas_px2", pa.list_(pa.float64()))
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One image with its prompt (one image placeholder), teacher answer, and annotations: in answer order, crowds last.
+    """One image with its prompt (one image placeholder), target answer, and annotations.
 
-    Shapes: A answer tokens, M objects. `boxes_xyxy_px` (M, 4) are float pixels of the original image; the model sees
-    the resized one. `areas_px2` are the annotated areas (masks), None where only the box's is known; empty if all are.
-    A `probe` is a further question about an image that has its own sample already (`records.mixing`): which one, and
-    the names that it lists.
+    Annotations are in answer order, with crowd regions last. Shapes: A answer tokens, M objects. `boxes_xyxy_px` (M, 4)
+    are float pixels of the original image; the model sees the resized one. `areas_px2` are the annotated areas of
+    masks, None for an object with only a box; the tuple is empty if all are None. `probe` and `asked` belong to a
+    further prompt for an image that has a sample already (`records.mixing`): its kind, and the category names it lists.
     """
 
     image_id: int
@@ -70,25 +70,25 @@ class Sample:
 
     @property
     def prompt_length(self) -> int:
-        """Prompt tokens after the image placeholder is expanded."""
+        """Number of prompt tokens after the image placeholder is expanded."""
         return len(self.prompt_ids) - 1 + self.n_image_tokens
 
     def expanded_prompt_ids(self, image_token_id: int) -> NDArray[np.int32]:
-        """The prompt as the model sees it: the single image placeholder repeated for each visual token."""
+        """The prompt as the model sees it: the image placeholder repeated for each visual token."""
         (position,) = np.flatnonzero(self.prompt_ids == image_token_id)
         image = np.full(self.n_image_tokens, image_token_id, self.prompt_ids.dtype)
         return np.concatenate([self.prompt_ids[:position], image, self.prompt_ids[position + 1 :]])
 
     @property
     def length(self) -> int:
-        """Tokens of prompt and answer."""
+        """Number of tokens of prompt and answer."""
         return self.prompt_length + len(self.answer_ids)
 
 
 class SampleWriter:
-    """Writes samples in row groups as they come, so that a large split never sits in memory.
+    """Writes samples in row groups, so that a large split is never in memory as a whole.
 
-    `with_areas` makes the column of annotated areas, without which samples must have none.
+    `with_areas` adds the column of annotated areas; without it, samples must not have any.
     """
 
     def __init__(self, path: Path, rows_per_group: int = 4096, with_areas: bool = False) -> None:
@@ -150,11 +150,11 @@ class SampleStore(Sequence[Sample]):
         )
 
     def images(self) -> list[str]:
-        """The image of every sample, without building the samples."""
+        """The image names of all samples, without building the samples."""
         return self._columns["image"].to_pylist()
 
     def lengths(self) -> NDArray[np.int32]:
-        """Tokens of every sample (prompt with image, plus answer), without building the samples."""
+        """The number of tokens of every sample (prompt with image, plus answer), without building the samples."""
         answer = self._table.column("answer_ids").combine_chunks().value_lengths().to_numpy()
         prompt = self._table.column("prompt_ids").combine_chunks().value_lengths().to_numpy()
         return (answer + prompt - 1 + self._table.column("n_image_tokens").to_numpy()).astype(np.int32)
@@ -166,10 +166,10 @@ def text_objects(descs: Sequence[str], bins_M4: NDArray[np.integer]) -> list[Tex
 
 
 class SampleSource:
-    """Samples by (index, step) in the wanted object order: as stored (top_left), or a fresh permutation (random).
+    """Samples by (index, step) in the configured object order: as stored (top_left), or randomly permuted (random).
 
-    The permutation follows from (seed, step, index) alone.
-    A permuted answer has the length of the original one: every object keeps its tokens, only the order changes.
+    The permutation depends only on (seed, step, index), so a resumed run repeats it. A permuted answer has the length
+    of the original one, so the packing plan stays valid: every object keeps its tokens, and only the order changes.
     """
 
     def __init__(self, store: SampleStore, encoder: AnswerEncoder, object_order: str, seed: int) -> None:
@@ -179,7 +179,7 @@ class SampleSource:
         self._seed = seed
 
     def get(self, index: int, step: int) -> Sample:
-        """The sample as step `step` trains on it."""
+        """The sample as training step `step` uses it."""
         sample = self.store[index]
         if not self._random:
             return sample
@@ -187,8 +187,8 @@ class SampleSource:
 
 
 def permuted(sample: Sample, encoder: AnswerEncoder, rng: np.random.Generator) -> Sample:
-    """The sample with its (non-crowd) objects in random order, in annotations and answer alike."""
-    n_objects = len(sample.descs) - sum(sample.iscrowd)  # crowd objects stand last and are not in the answer
+    """The sample with its objects (crowd regions aside) in random order, in annotations and answer alike."""
+    n_objects = len(sample.descs) - sum(sample.iscrowd)  # crowd regions come last and are not in the answer
     order = rng.permutation(n_objects)
     full_order = [*order.tolist(), *range(n_objects, len(sample.descs))]
     boxes = sample.boxes_xyxy_px[full_order]

@@ -1,1 +1,1 @@
-"""The JSONL contract, sources that fill it, and the hand-over file between decoding and evaluation."""
+"""The JSONL record contract, readers of other formats, and the predictions file between decoding and evaluation."""

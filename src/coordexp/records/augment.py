@@ -1,8 +1,8 @@
-"""Views of a training picture: flip, crop and scale, with boxes that stay exact.
+"""Random views of a training image: flip, crop and scale, with exact boxes.
 
-A view is part of the image's name in a record, `coco/train2017/1.jpg#crop=10,20,300,400&flip`, so that it is decided
-once, by `convert`, and every reader of the image sees the same pixels. Scale needs no pixels: the record's size and
-boxes are scaled, and the image is resized to what the model takes for that size anyway.
+A view is part of the image's name in a record, `coco/train2017/1.jpg#crop=10,20,300,400&flip`. So it is chosen once, by
+`convert`, and every reader of the image sees the same pixels. Scaling changes only the record's size and boxes, because
+the image is resized to the model's input size for that size anyway.
 """
 
 from __future__ import annotations
@@ -18,16 +18,17 @@ from coordexp.records.images import View, split_view
 from coordexp.records.schema import ObjectRecord, Record
 
 _SIDE = re.compile(r"\b(left|right)(?=\b|most\b|hand\b|wards?\b)", re.IGNORECASE)
-SMALLEST_CROP = 0.6  # of each side
-# Less of a box inside the crop makes the object an ignore region: too little to ask for, too much to punish.
+SMALLEST_CROP = 0.6  # minimum fraction of each side
+# An object with a smaller fraction of its box inside the crop becomes an ignore region: too little of it is visible to
+# require its detection, too much to penalize it.
 MIN_VISIBLE = 0.5
 
 
 def augment(record: Record, config: RecordsConfig, rng: random.Random) -> Record:
-    """One random view of a record. Phrases say where things are, so their pictures are not cropped.
+    """A random view of a record. Images with phrases are not cropped: phrases can refer to positions.
 
     Raises:
-        DataError: the image's own name already looks like that of a view.
+        DataError: the image's own file name looks like that of a view.
     """
     if split_view(record.image)[0] != record.image:
         raise DataError(f"image {record.image!r} is named like a view of an image; rename the file.")
@@ -48,7 +49,7 @@ def _random_crop(record: Record, rng: random.Random) -> tuple[int, int, int, int
 
 
 def cropped(record: Record, crop: tuple[int, int, int, int]) -> Record:
-    """The part of a record in a crop (x1, y1, x2, y2 in pixels); an object of which too little is seen is ignored."""
+    """The part of a record inside a crop (x1, y1, x2, y2 in pixels); barely visible objects become ignore regions."""
     left, top, right, bottom = crop
     objects = []
     for obj in record.objects:
@@ -59,7 +60,7 @@ def cropped(record: Record, crop: tuple[int, int, int, int]) -> Record:
             continue
         is_seen = width * height >= MIN_VISIBLE * (x2 - x1) * (y2 - y1)
         metadata = _without_rings(obj) if is_seen else {**_without_rings(obj), "iscrowd": 1}
-        # How much of a mask a crop leaves is not known: of an object that it cuts, the area of the box counts.
+        # The part of a mask inside the crop is not known: for a clipped object, the area of the box is used.
         is_whole = left <= x1 and top <= y1 and x2 <= right and y2 <= bottom
         objects.append(ObjectRecord(obj.desc, box, None, metadata, obj.area_px2 if is_whole else None))
     return replace(record, width=right - left, height=bottom - top, objects=tuple(objects))
@@ -95,7 +96,7 @@ def _without_rings(obj: ObjectRecord) -> dict[str, Any]:
 
 
 def swap_sides(text: str) -> str:
-    """ "the Left cat, rightmost" -> "the Right cat, leftmost"; other words stay, "bright" too."""
+    """ "the Left cat, rightmost" -> "the Right cat, leftmost"; other words, such as "bright", stay."""
 
     def other(match: re.Match[str]) -> str:
         word = match[0]

@@ -1,7 +1,8 @@
-"""Whether boxes are in the frame that their format says: pixels inside the picture.
+"""Check whether boxes are in the frame that their format specifies: pixels inside the image.
 
-Files hold corners where a width and height belong, thousandths (as Qwen answers), or fractions. Boxes read in the wrong
-frame are lost, or clipped to something that is no object; other readings of the same numbers tell which frame it was.
+Some files contain corners instead of width and height, thousandths (as Qwen answers), or fractions. Boxes read in the
+wrong frame are lost, or clipped to something that is not the object. Trying other readings of the same numbers reveals
+the actual frame.
 """
 
 from __future__ import annotations
@@ -16,18 +17,18 @@ if TYPE_CHECKING:
     from coordexp.records.sources.base import SourceObject
 
 FITS = 0.99  # fraction of the boxes that another reading must explain
-FAR_OUT = 0.2  # fraction of the boxes that reach out of their pictures; amodal annotation alone stays below
-TOLERANCE = 0.02  # fraction of a side by which a box may reach out of its picture
+FAR_OUT = 0.2  # fraction of boxes that extend beyond their images; amodal annotation alone stays below it
+TOLERANCE = 0.02  # fraction of a side by which a box may extend beyond its image
 TOLERANCE_PX = 2.0
 EXAMPLES = 3
-SMALL_SIDE_PX = 900  # boxes in thousandths of the sides soon reach beyond it
-FEW = 10  # boxes that all lie inside their small pictures by chance, though they are thousandths
-LARGE_SIDE_PX = 1600  # of pictures in which thousandths that are read as pixels keep to a corner
+SMALL_SIDE_PX = 900  # boxes in thousandths often extend beyond such an image if they are read as pixels
+FEW = 10  # so many boxes in thousandths may all be inside their small images by chance
+LARGE_SIDE_PX = 1600  # in larger images, thousandths that are read as pixels are all in one corner
 UNKNOWN = "another unit, or sizes of other files"
 _KEY = "source.sets.<name>.boxes"
 _WORDS: dict[BoxForm, str] = {
-    "fractions": "fractions of the picture (0..1)",
-    "thousandths": "thousandths of the picture (0..1000)",
+    "fractions": "fractions of the image (0..1)",
+    "thousandths": "thousandths of the image (0..1000)",
     "pixels": "pixels",
     "corners": "x1, y1, x2, y2",
     "from_0": "pixels counted from 0",
@@ -36,26 +37,26 @@ _WORDS: dict[BoxForm, str] = {
 
 @dataclass(slots=True)
 class BoxFrames:
-    """Counts of boxes, and of how many of them fit each reading. Boxes are as the format reads them, not clipped."""
+    """Number of boxes, and how many of them fit each reading. Boxes are as read by the format, not clipped."""
 
     boxes: int = 0
-    beyond: int = 0  # reach out of their picture
-    as_corners: int = 0  # x, y, width, height would be corners inside the picture
-    beyond_as_corners: int = 0  # those of them that reach out of it
+    beyond: int = 0  # extend beyond their image
+    as_corners: int = 0  # x, y, width, height would be corners inside the image
+    beyond_as_corners: int = 0  # those of them that extend beyond it
     as_thousandths: int = 0
-    far: int = 0  # reach into the second half of a thousand, as a fifth of all thousandths surely do
+    far: int = 0  # have a coordinate above 500, as at least a fifth of boxes in thousandths do
     as_fractions: int = 0
     as_percent: int = 0
     as_pixels: int = 0  # in a format of fractions
-    in_small: int = 0  # in a format of thousandths, in a picture of short sides
-    as_pixels_in_small: int = 0  # of those, inside of it if they are pixels
-    in_corner: int = 0  # in a format of pixels: could be thousandths of a picture whose sides are longer than that
-    from_0: int = 0  # begin before the first pixel, by the one that the format does not count
+    in_small: int = 0  # in a format of thousandths, in an image of short sides
+    as_pixels_in_small: int = 0  # those of them that are inside it if they are pixels
+    in_corner: int = 0  # in a format of pixels: could be thousandths of an image with longer sides
+    from_0: int = 0  # start one pixel before the first one, because the file counts from 0 and the format from 1
     in_units: int = 0  # are read as fractions or thousandths
-    examples: list[str] = field(default_factory=list)  # the first of those that reach out
+    examples: list[str] = field(default_factory=list)  # the first boxes that extend beyond their image
 
     def add(self, obj: SourceObject, width: int, height: int, shown: Callable[[], str]) -> None:
-        """Count the box of an object. `shown` says in words which one it is."""
+        """Count the box of an object; `shown` describes it for messages."""
         if obj.box_xyxy is None:
             return
         x1, y1, x2, y2 = obj.box_xyxy
@@ -99,29 +100,29 @@ class BoxFrames:
 
     @property
     def reach_out(self) -> bool:
-        """Whether so many boxes reach out of their pictures that they are no pixels of these."""
+        """Whether so many boxes extend beyond their images that they cannot be in pixels of these images."""
         return self.beyond > FAR_OUT * self.boxes
 
     def cause(self) -> str:
-        """What is likely wrong with the boxes, in words; empty if nothing can be told."""
+        """The likely fault of the boxes in words; empty if none is found."""
         if reading := self.other_reading():
             return reading
         if not self.reach_out:
             return ""
-        return f"{self.beyond} of {self.boxes} boxes reach out of their pictures: {UNKNOWN}"
+        return f"{self.beyond} of {self.boxes} boxes extend beyond their images: {UNKNOWN}"
 
     def other_reading(self) -> str:
-        """Which other reading explains the boxes, in words, and the key that chooses it; empty if none does."""
+        """The other reading that explains the boxes, in words, with the key to set; empty if none does."""
         form = self.other_form()
         if not form:
             return ""
         expected = "pixels"
         if form == "percent":
-            return "the boxes look like percent of the picture (0..100); fractions (0..1) are expected: divide by 100"
+            return "the boxes look like percent of the image (0..100); fractions (0..1) are expected: divide by 100"
         if form == "mixed":
             return "those look like x1, y1, x2, y2, the others like x, y, width, height: two conventions in one file"
         if self.in_units:
-            expected = "fractions of the picture (0..1)" if form != "pixels" or not self.in_small else "thousandths"
+            expected = "fractions of the image (0..1)" if form != "pixels" or not self.in_small else "thousandths"
         if form == "corners":
             expected = "x, y, width, height"
         if form == "from_0":
@@ -133,7 +134,7 @@ class BoxFrames:
         )
 
     def other_form(self) -> BoxForm | str:
-        """The form of boxes that explains the numbers and is not the one in which they were read; empty if none."""
+        """The form of boxes, other than the one used, that explains the numbers; empty if none does."""
         enough = FITS * self.boxes
         if not self.boxes:
             return ""
@@ -141,7 +142,7 @@ class BoxFrames:
             return "fractions"
         if self.in_small >= max(FEW, enough) and self.as_pixels_in_small >= FITS * self.in_small:
             return "pixels"
-        # Each with how many boxes it explains, of how many that it must; the first one counts.
+        # Form, number of boxes that it explains, number that it must explain; the first match wins.
         readings: list[tuple[BoxForm | str, int, float]] = []
         if self.reach_out:
             readings += [("pixels", self.as_pixels, enough), ("corners", self.as_corners, enough)]

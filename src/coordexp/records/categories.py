@@ -1,10 +1,10 @@
 """The categories of a data set, and their file: [{"id": 1, "name": "cat", "split": "train" | "held_out" | ...}, ...].
 
-`split` is `train` for names that training holds. The others are held out, and may say how (open-vocabulary tiers):
-`strict` names are in no picture and no text of any training, `phrase` names were drawn in pretraining but never
-written, of `plain_only` names training knows one word (the head without its attribute), of `never` names not even that.
+`split` is `train` for category names that occur in training. The others are held out, at several levels:
+`strict`: unseen in text and images of any training; `phrase`: in images of pretraining, but unseen in text;
+`plain_only`: training has one of the words (the noun without its attribute); `never`: training has no word of the name.
 
-LVIS also says how frequent a category is in its training images: "r" in at most 10, "c" in at most 100, else "f".
+LVIS also defines the frequency of a category in its training images: "r" in at most 10, "c" in at most 100, else "f".
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ CATEGORIES = Gate("a categories.json, as `convert` writes it", DataError, "Conve
 
 @dataclass(frozen=True, slots=True)
 class Category:
-    """One class of the data set; all splits but `train` are held out of training, None: nobody said."""
+    """One category of the data set; all splits except `train` are held out of training. None: not specified."""
 
     id: int
     name: str
     split: Split | None = "train"
     frequency: Frequency | None = None
-    aliases: tuple[str, ...] = ()  # other spellings that the sources have
-    is_root: bool = False  # the source puts others below it, as exports do that have one group of classes
+    aliases: tuple[str, ...] = ()  # other spellings in the sources
+    is_root: bool = False  # parent of other categories in the source, as in exports with one group of classes
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON value, without what the source does not have."""
+        """Plain JSON value, without keys that the source does not have."""
         row: dict[str, Any] = {"id": self.id, "name": self.name}
         row |= {"split": self.split} if self.split else {}
         row |= {"frequency": self.frequency} if self.frequency else {}
@@ -44,13 +44,13 @@ class Category:
 
 
 def as_split(value: object) -> Split | None:
-    """The split of this name; None if there is none."""
+    """The split with this name; None if there is none."""
     splits: tuple[Split, ...] = get_args(Split)
     return next((split for split in splits if split == value), None)
 
 
 def clashing(categories: Iterable[Category]) -> list[tuple[Category, ...]]:
-    """Groups of categories whose names are the same when normalised: an answer could mean any of a group."""
+    """Groups of categories with the same normalized name: a prediction could mean any of a group."""
     groups: defaultdict[str, list[Category]] = defaultdict(list)
     for category in categories:
         groups[normalise_desc(category.name)].append(category)
@@ -58,16 +58,16 @@ def clashing(categories: Iterable[Category]) -> list[tuple[Category, ...]]:
 
 
 def shown_clash(group: Iterable[Category]) -> str:
-    """A group of `clashing` as a message quotes it."""
+    """Describe a group of `clashing` for messages."""
     listed = " and ".join(f"{c.id} {c.name!r}" for c in group)
-    return f"categories {listed} have the same name (case, '_' and parentheses do not count)"
+    return f"categories {listed} have the same name (case, '_' and parentheses are ignored)"
 
 
 def read_categories(path: Path) -> tuple[Category, ...]:
     """Read categories.json.
 
     Raises:
-        DataError: naming the entry that breaks this form.
+        DataError: an entry is invalid; the message names it.
     """
     rows = CATEGORIES.read_json(path)
     if not isinstance(rows, list):

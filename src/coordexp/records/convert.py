@@ -1,7 +1,7 @@
-"""Annotations to records: one conversion, for the sets of a profile, for one file, and for a sample of a profile.
+"""Convert annotations to records: the data sets of a profile, a single file, or a sample of a profile.
 
-Read, apply the policies, stop where too much is lost, settle names: `convert_sets`. A profile then mixes its sets into
-splits (`records.mixing`); `coordexp convert` writes the records as they are.
+`convert_sets` reads, applies the policies, stops if too much is lost, and unifies names. A profile then mixes its sets
+into splits (`records.mixing`); `coordexp convert` writes the records as they are.
 """
 
 from __future__ import annotations
@@ -61,19 +61,19 @@ from coordexp.records.sources.base import Problem, Reading, SourceImage, SplitFi
 from coordexp.records.store import RecordStore
 from coordexp.records.twins import join_same_pictures
 
-# What `coordexp convert` does with the unusual; its options change `crowd` and `max_lost`.
+# Policies of `coordexp convert`; its options change `crowd` and `max_lost`.
 FILE_POLICIES = RecordsConfig(
     dev_images=1, crowd="ignore", truncated="keep", min_side_px=1.0, min_inside=0.0, polygons="drop", max_objects=0,
     over_max="sample", bad_images="error", max_lost=0.05, wordings=1, listed_names=20, listed_present=1.0,
     listed_hard=0.0, negative_rate=0.0, mixed_listed=0.0, mixed_phrase=0.0, flip=0.0, crop=0.0, scale_jitter=0.0,
     overlap="error", same_picture="file",
 )  # fmt: skip
-SAMPLE_IMAGES = "images"  # in a sample, a link to the root of the set
+SAMPLE_IMAGES = "images"  # in a sample: a link to the root of the data set
 
 
 @dataclass(frozen=True, slots=True)
 class OpenedSet:
-    """A data set to convert: a reading of each split it has, the facts of its images, and what its prompts ask for."""
+    """A data set to convert: a reading of each split, the facts of its images, and the kind of its prompts."""
 
     readings: Mapping[str, Reading]
     facts: Mapping[str, ImageFacts]
@@ -82,18 +82,18 @@ class OpenedSet:
 
 @dataclass(slots=True)
 class Converted:
-    """Records by split, the categories that the files declare by set, and what was lost by split."""
+    """Records by split, declared categories by set, and dropped annotations by split."""
 
     splits: dict[str, RecordStore]
     declared: dict[str, tuple[Category, ...]]
     problems: dict[str, list[Problem]]
     notes: list[str]  # names that were changed
-    spelling: dict[str, str] = field(default_factory=dict)  # a name as a source has it -> as it is written
-    left_out: RecordStore = field(default_factory=RecordStore)  # objects of training records that `missing` left out
+    spelling: dict[str, str] = field(default_factory=dict)  # spelling in a source -> spelling in the records
+    left_out: RecordStore = field(default_factory=RecordStore)  # objects of training records that `missing` removed
     workers: int = 1
 
     def drops(self) -> dict[str, dict[str, int]]:
-        """Counts of what was lost by split and reason."""
+        """Counts of dropped annotations by split and reason."""
         return {split: dict(sorted(Counter(p.reason for p in ps).items())) for split, ps in self.problems.items()}
 
     def sets(self) -> dict[str, dict[str, int]]:
@@ -102,9 +102,10 @@ class Converted:
         return {name: {split: counts[split][name] for split in self.splits} for name in self.declared}
 
     def categories(self) -> list[Category]:
-        """Every name that val may hold, and whether it is held out of training. One set keeps the ids of its file.
+        """Every category that val may contain, and whether it is held out of training.
 
-        Held out is what training does not hold; a file that marks categories so itself is believed about the others.
+        A category is held out if training does not contain it. If a file marks held-out categories itself, its marks
+        are used for the other categories, too. A single data set keeps the ids of its file.
         """
         trained, found = (_descs(self.splits[split], self.workers) for split in SPLITS)
         declared = [c for categories in self.declared.values() for c in categories]
@@ -127,7 +128,7 @@ class Converted:
         return tuple(sorted(found for found, written in self.spelling.items() if written == name != found))
 
     def named(self) -> list[Category]:
-        """Every declared name and every one that occurs; declared ones keep their ids."""
+        """Every declared category and every other name that occurs; declared ones keep their ids."""
         declared = {c.name: c for categories in self.declared.values() for c in categories}
         found = set().union(*(_descs(records, self.workers) for records in self.splits.values()))
         first = max((c.id for c in declared.values()), default=0) + 1
@@ -135,7 +136,7 @@ class Converted:
         return [*declared.values(), *others]
 
     def summary(self) -> list[str]:
-        """What is there, examples of what was not kept, and counts of it by reason: a line each."""
+        """Lines with totals, examples of dropped annotations, and their counts by reason."""
         problems = [p for split in self.problems.values() for p in split]
         n_records = sum(map(len, self.splits.values()))
         crowds = [bool(o.metadata.get("iscrowd")) for rs in self.splits.values() for r in rs for o in r.objects]
@@ -150,7 +151,7 @@ class Converted:
 
 @contextmanager
 def _uncollected() -> Iterator[None]:
-    """No garbage collection: to look for cycles in millions of records that hold none is a fifth of the time."""
+    """Disable garbage collection: searching millions of records for cycles takes a fifth of the time and finds none."""
     was_on = gc.isenabled()
     gc.disable()
     try:
@@ -164,11 +165,11 @@ def _uncollected() -> Iterator[None]:
 def convert_sets(opened: Mapping[str, OpenedSet], config: RecordsConfig, seed: int, workers: int = 1) -> Converted:
     """Convert every split of every set; images are named `<set>/<path below its root>`.
 
-    Several `workers`, processes that the images of each split are dealt to, give the same bytes as one.
+    The result does not depend on the number of `workers`, processes that share the images of each split.
 
     Raises:
-        DataError: images cannot be used (`bad_images: error`), too much is lost (`max_lost`), two categories have one
-            name, or a split is empty; the message counts and names them.
+        DataError: images cannot be used (`bad_images: error`), too much is lost (`max_lost`), two categories have the
+            same name, or a split is empty; the message has counts and examples.
     """
     found = {
         name: {
@@ -199,12 +200,12 @@ def convert_sets(opened: Mapping[str, OpenedSet], config: RecordsConfig, seed: i
         result.problems[split] = [p for part in parts_of for p in part.problems] + joined.problems
         conflicts += joined.conflicts
         if parts_of and not result.splits[split]:
-            raise DataError(f"no {split} record is left; the drops are {result.drops()[split]}.")
+            raise DataError(f"no {split} record is left; dropped: {result.drops()[split]}.")
     if conflicts:
         shown = "".join(f"\n  {conflict}" for conflict in conflicts[:SHOWN])
         raise DataError(
-            f"{len(conflicts)} pictures are annotated more than once and contradict themselves:{shown}\n"
-            "Remove the wrong ones, or set records.same_picture to first (keeps the first record of a picture) or keep."
+            f"{len(conflicts)} images are annotated more than once with contradicting annotations:{shown}\n"
+            "Remove the wrong ones, or set records.same_picture to first (keeps the first record of an image) or keep."
         )
     return result
 
@@ -214,7 +215,7 @@ def convert_datasets(raw: Path, config: RecordsConfig, seed: int, workers: int =
     """The splits of a profile (train, dev, val) from the sets of its manifest.
 
     Raises:
-        DataError: as `convert_sets`; train and val share images (`overlap: error`), or no object of a split counts.
+        DataError: as `convert_sets`; train and val share images (`overlap: error`), or a split has no valid object.
     """
     sets, facts = read_manifest(raw)
     opened = {
@@ -243,7 +244,7 @@ def convert_datasets(raw: Path, config: RecordsConfig, seed: int, workers: int =
 
 
 def _by_set(records: RecordStore, sets: Iterable[str]) -> RecordStore:
-    """The records of the first set before those of the second, and so on."""
+    """The records sorted by data set, in the order of the sets."""
     order = {name: number for number, name in enumerate(sets)}
     found = [order[image.partition("/")[0]] for image in records.images()]
     return records.taken(sorted(range(len(found)), key=found.__getitem__)) if len(order) > 1 else records
@@ -253,9 +254,9 @@ def _finished(
     records: Iterable[Record], split: str, sets: Mapping[str, DatasetConfig], names: Mapping[str, SetNames],
     config: RecordsConfig, seed: int,
 ) -> Iterator[Record]:  # fmt: skip
-    """The records of a split as they are written: repeated by the weight of their set, in a view, with their prompt.
+    """The final records of a split: repeated by the weight of their set, in a random view, with their prompt.
 
-    Behind a record of val come the probes of its image.
+    A record of val is followed by the probes of its image.
     """
     for record in records:
         name = record.image.partition("/")[0]
@@ -279,21 +280,21 @@ def _readings(dataset: DatasetConfig, config: RecordsConfig, facts: Mapping[str,
 
 
 def _without_overlap(result: Converted, content: Mapping[str, str], config: RecordsConfig) -> RecordStore:
-    """The training records whose picture val does not hold; the others become problems."""
+    """The training records whose image is not in val; the others become problems."""
     train = result.splits["train"]
     shared = overlap(train.images(), result.splits["val"].images(), content)
     if shared and config.overlap == "error":
         pairs = "".join(f"\n  {a} is {b}" for a, b in sorted(shared.items())[:SHOWN])
         raise DataError(
-            f"{len(shared)} training images have the same content as a val image:{pairs}\nResults on val would say "
-            "nothing. Remove them, or set records.overlap to drop_train."
+            f"{len(shared)} training images have the same content as a val image:{pairs}\nResults on val would be "
+            "meaningless. Remove them, or set records.overlap to drop_train."
         )
     result.problems["train"] += [Problem("image_in_val", a, b) for a, b in sorted(shared.items())]
     return train.taken(i for i, image in enumerate(train.images()) if image not in shared) if shared else train
 
 
 def _names(declared: Sequence[Category], splits: Iterable[Iterable[Record]], name: str) -> SetNames:
-    """The names that a set annotates (the declared ones, or those that occur), and those of training."""
+    """The category names of a set (declared, or else occurring), and those of training."""
     if not declared:
         of_set = (r for records in splits for r in records if r.image.startswith(f"{name}/"))
         return SetNames.of(names := sorted({o.desc for r in of_set for o in r.objects}), names)
@@ -305,7 +306,7 @@ def _descs(records: RecordStore, workers: int) -> set[str]:
 
 
 def write_split(path: Path, records: RecordStore, workers: int) -> int:
-    """Write the records of a split as `write_records` does; returns how many objects they hold."""
+    """Write the records of a split as `write_records` does; returns the number of objects."""
 
     def lines(batch: Iterable[Record]) -> tuple[bytes, int]:
         text = "".join(json_line(record) for record in batch)
@@ -328,19 +329,19 @@ def convert_file(
     boxes: BoxForm = "format",
     watch: Watch = lambda found, total: found,
 ) -> Converted:
-    """Convert one annotation file outside of a profile; images are named as below their folder.
+    """Convert one annotation file outside a profile; image names are relative to `images`.
 
     Args:
-        fmt: its format.
-        annotations: the file (docs/data.md says which one of a format).
-        images: the folder that file names start from.
-        split: "train" or "val": which part of a file that holds both.
-        config: what to do with the unusual.
-        boxes: what the numbers of a box are.
-        watch: passes the facts of images on, and may show how far it is of how many.
+        fmt: the format of the file.
+        annotations: the file (docs/data.md names the file of each format).
+        images: the folder that file names are relative to.
+        split: "train" or "val": the part to read from a file with both.
+        config: the policies.
+        boxes: units and layout of the box coordinates.
+        watch: wraps the iteration over image facts, for example to show progress.
 
     Raises:
-        DataError: the file is not of that format, or as `convert_sets`.
+        DataError: the file does not have this format, or as `convert_sets`.
     """
     root = Path(os.path.commonpath([annotations.absolute().parent, images.absolute()]))
     below = images.absolute().relative_to(root).as_posix()
@@ -360,10 +361,10 @@ def convert_file(
 def write_sample(
     sets: Mapping[str, DatasetConfig], config: RecordsConfig, folder: Path, count: int
 ) -> dict[str, DatasetConfig]:
-    """Write `count` records of each split of each set below `folder`, chosen by a hash of the image's name.
+    """Write `count` records of each split of each set to `folder`, selected by a hash of the image name.
 
-    Returns the sets to put in the place of the given ones, in the format `jsonl`; images that cannot be used are left
-    out. Raises DataError like the raw stage, for annotations that are missing or of another format.
+    Returns the sets that replace the given ones, in the format `jsonl`; unusable images are left out. Raises DataError,
+    as the raw stage does, if annotations are missing or have another format.
     """
     return {name: _sample_set(located(name, dataset), config, folder / name, count) for name, dataset in sets.items()}
 

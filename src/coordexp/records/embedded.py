@@ -1,7 +1,7 @@
-"""Pictures that lie in the rows of a parquet file, as the Hugging Face Hub keeps data sets.
+"""Images embedded in the rows of a parquet file, as in data sets of the Hugging Face Hub.
 
-They stay there: a record names one `<file>.parquet/<row>`, and reading it decodes the group of rows that it lies in,
-usually a hundred pictures, of which the last few groups are kept.
+They are not extracted: a record refers to one as `<file>.parquet/<row>`. Reading it decodes its row group, usually a
+hundred images; the last few groups are cached.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 SUFFIX = ".parquet"
-EMBEDDED = f"{SUFFIX}/"  # stands in the name of each such picture
+EMBEDDED = f"{SUFFIX}/"  # part of the name of each such image
 IMAGE_COLUMNS = ("image", "img", "picture", "jpg", "png")
 KEPT_GROUPS = 4
 
 
 @dataclass(frozen=True, slots=True)
 class EmbeddedPicture:
-    """A row of a parquet file whose image column holds the bytes of a picture."""
+    """A row of a parquet file whose image column holds the bytes of an image."""
 
     file: Path
     row: int
@@ -35,7 +35,7 @@ class EmbeddedPicture:
         return f"{self.file}: row {self.row}"
 
     def read(self) -> bytes:
-        """The bytes of the picture; raises OSError for what is no such file, or has no picture in that row."""
+        """The bytes of the image; raises OSError if the file is invalid or has no image in this row."""
         stat = self.file.stat()
         version = (stat.st_size, stat.st_mtime_ns)
         try:
@@ -46,14 +46,14 @@ class EmbeddedPicture:
             begin = ends[group - 1] if group else 0
             content = _group(self.file, version, group, column)[self.row - begin].as_py()
         except (pa.ArrowException, KeyError, ValueError, TypeError) as error:
-            raise OSError(f"not a parquet file with pictures ({error})") from error
+            raise OSError(f"not a parquet file with images ({error})") from error
         if not isinstance(content, bytes):
-            raise OSError("the row holds no picture")
+            raise OSError("the row has no image")
         return content
 
 
 def embedded_picture(root: Path, name: str) -> EmbeddedPicture | None:
-    """The picture of a name that means a row of a parquet file below the root; None for any other name."""
+    """The image, if the name means a row of a parquet file below the root; otherwise None."""
     file, _, row = name.rpartition("/")
     if file.endswith(SUFFIX) and row.isascii() and row.isdigit() and len(row) < 12 and os.path.isfile(root / file):
         return EmbeddedPicture(root / file, int(row))
@@ -61,7 +61,7 @@ def embedded_picture(root: Path, name: str) -> EmbeddedPicture | None:
 
 
 def picture_column(schema: pa.Schema) -> str | None:
-    """The column with the bytes of pictures, as parquet names it: `image.bytes`, or `image` itself."""
+    """The column with the image bytes, in parquet's notation: `image.bytes`, or `image` itself."""
     for name in IMAGE_COLUMNS:
         if name in schema.names:
             kind = schema.field(name).type
@@ -74,11 +74,11 @@ def picture_column(schema: pa.Schema) -> str | None:
 
 @lru_cache(maxsize=1024)
 def _layout(file: Path, version: tuple[int, int]) -> tuple[str, list[int]]:
-    """The column of pictures, and the row at which each group of rows ends."""
+    """The image column, and the end row of each row group."""
     with pq.ParquetFile(file) as table:
         column = picture_column(table.schema_arrow)
         if column is None:
-            raise KeyError("no column of pictures")
+            raise KeyError("no image column")
         sizes: Iterable[int] = (table.metadata.row_group(i).num_rows for i in range(table.num_row_groups))
         return column, list(accumulate(sizes))
 

@@ -1,4 +1,4 @@
-"""Pictures at an address of the network: fetched only when told, whole, and within limits of size and time."""
+"""Images given as URLs: downloaded only on request, completely, and within limits of size and time."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _ADDRESS = re.compile(r"https?://", re.IGNORECASE)
 
 
 def is_address(image: object) -> TypeGuard[str]:
-    """Whether a picture is named by an address of the network."""
+    """Whether an image is given as a URL."""
     return isinstance(image, str) and bool(_ADDRESS.match(image))
 
 
 def fetched_files(addresses: Iterable[str], folder: Path) -> list[Path]:
-    """Fetch pictures into a folder, where they keep the ends of their names; raises PictureError naming what fails."""
+    """Download images to a folder, under the ends of their names; raises PictureError with the URL that failed."""
     paths = []
     for address in addresses:
         name = re.sub(r"[^\w.-]", "_", unquote(PurePosixPath(urlsplit(address).path).name))[-80:] or "picture"
@@ -40,7 +40,7 @@ def fetched_files(addresses: Iterable[str], folder: Path) -> list[Path]:
 
 
 def fetched_rgb(address: str) -> Image.Image:
-    """The picture at an address, as `read_rgb` reads a file; raises PictureError naming the address."""
+    """The image at a URL, read as `read_rgb` reads a file; raises PictureError with the URL."""
     with TemporaryDirectory(prefix="coordexp-") as folder:
         (path,) = fetched_files([address], Path(folder))
         try:
@@ -60,7 +60,7 @@ def _content(address: str) -> bytes:
                 found += part
                 if len(found) > MAX_BYTES or time.monotonic() > ends:
                     limits = f"{MAX_BYTES >> 20} MiB in {ALL_SECONDS:.0f} s"
-                    raise PictureError(f"{address}: sends more than {limits}; fetch the file yourself.")
+                    raise PictureError(f"{address}: exceeds the limit of {limits}; download the file yourself.")
     except (httpx2.HTTPError, httpx2.InvalidURL) as error:
-        raise PictureError(f"{address}: cannot be fetched: {str(error).strip() or type(error).__name__}.") from error
+        raise PictureError(f"{address}: cannot be downloaded: {str(error).strip() or type(error).__name__}.") from error
     return bytes(found)

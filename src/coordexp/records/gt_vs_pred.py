@@ -1,4 +1,4 @@
-"""`gt_vs_pred.jsonl`: the one hand-over between decoding, scoring, evaluating and drawing.
+"""`gt_vs_pred.jsonl`: the predictions file, the only interface between decoding, scoring, evaluation and drawing.
 
 One JSON line per image: ground truth, predictions in generation order, raw text, parse counters, finish reason, and the
 identity of model, prompt and decode settings. Boxes are float pixels xyxy, never rounded to integers.
@@ -20,8 +20,10 @@ from coordexp.infra.files import replacing
 from coordexp.infra.foreign import Gate, first_fault
 from coordexp.records.schema import LARGEST_AREA_PX2, as_flag
 
-GT_VS_PRED = Gate("a gt_vs_pred line, as decoding writes it", DataError, "If the file was cut or edited, decode again.")
-LARGEST_PX = 1e9  # of a coordinate: beyond it areas are no numbers
+GT_VS_PRED = Gate(
+    "a gt_vs_pred line, as decoding writes it", DataError, "If the file was truncated or edited, decode again."
+)
+LARGEST_PX = 1e9  # maximum coordinate; beyond it, areas lose precision or overflow
 
 
 def _ordered(box: Box) -> Box:
@@ -37,7 +39,7 @@ def _flag(value: object) -> bool:
     return flag
 
 
-# What the annotations say beyond the type is checked where a line is read, not where one is made.
+# Constraints in these annotations are checked when a line is read, not when an object is created.
 Count = Annotated[int, Field(ge=0, lt=2**31)]
 Size = Annotated[int, Field(ge=1, lt=2**31)]
 Bin = Annotated[int, Field(ge=-(2**31), lt=2**31)]
@@ -46,7 +48,7 @@ OrderedBox = Annotated[Box, AfterValidator(_ordered)]
 
 @dataclass(frozen=True, slots=True)
 class GroundTruth:
-    """One annotated object; `area_px2` is the annotated area (the mask's), None where only the box's is known."""
+    """One annotated object; `area_px2` is the annotated area of its mask, None if only the box is known."""
 
     desc: str
     bbox_xyxy_px: OrderedBox
@@ -58,14 +60,13 @@ class GroundTruth:
 class Prediction:
     """One parsed object of the answer.
 
-    `bins` are the four emitted bins (digits codec: the emitted numbers), None of a detector that has none.
-    `coord_logprobs` are log p of the four emitted
-    coordinates at temperature 1, `desc_logprob` the mean over the description's tokens.
-    `score` is None until scored; evaluation refuses that for AP, it never invents one.
+    `bins` are the four emitted bins (digits codec: the emitted numbers), None for a detector without bins.
+    `coord_logprobs` are log p of the four emitted coordinates at temperature 1; `desc_logprob` is the mean over the
+    description's tokens. `score` is None until scored; evaluation rejects None for AP and never invents a score.
 
     `coord_sd_bins` are the standard deviations of the distributions at the four slots (None for digits).
-    `boxes_xyxy_px` and `scores` hold the alternatives by the names of `decode.box` and `decode.score`; one of each is
-    what `bbox_xyxy_px` and `score` say. They let settings be compared without decoding again.
+    `boxes_xyxy_px` and `scores` contain the alternatives by the values of `decode.box` and `decode.score`; one of each
+    is also in `bbox_xyxy_px` and `score`. They allow comparing readouts without decoding again.
     """
 
     desc: str
@@ -92,15 +93,15 @@ class ParseReport:
 
     @property
     def ok(self) -> bool:
-        """A whole answer: container found, not truncated, nothing dropped."""
+        """Whether the answer is complete: container found, not truncated, nothing dropped."""
         return self.container_found and not self.truncated and not self.dropped
 
 
 @dataclass(frozen=True, slots=True)
 class ImageResult:
-    """One image: what is there, what was predicted, and how the text came out.
+    """One image: ground truth, predictions, and the generated text with its parse report.
 
-    A detector that does not answer in text has no text and no `parse`.
+    A detector that does not generate text has an empty text and no `parse`.
     """
 
     image_id: Annotated[int, Field(ge=-(2**63), lt=2**63)]
@@ -114,8 +115,8 @@ class ImageResult:
     finish_reason: str = "stop"  # end token; or "length": token budget
     n_generated_tokens: Count = 0
     identity: dict[str, str] = field(default_factory=dict)  # short hashes: model, prompt, decode
-    probe: str = ""  # a further question about an image that has its own line (`records.mixing`); "": its own line
-    asked: tuple[str, ...] = ()  # the names that a probe lists
+    probe: str = ""  # kind of an additional prompt for the same image (`records.mixing`); "" for its main line
+    asked: tuple[str, ...] = ()  # the category names that a probe lists
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON value; inverse of `read_results`."""
@@ -135,12 +136,12 @@ def read_results(path: Path) -> Iterator[ImageResult]:
     """Yield the lines of a gt_vs_pred file.
 
     Raises:
-        DataError: naming file, line and key: a value is missing or of another type, a box is not finite or not ordered,
-            an image id is there twice; or the file is empty, or none.
+        DataError: a value is missing or has another type, a box is not finite or not ordered, an image id is repeated,
+            or the file is empty or missing; the message has file, line and key.
     """
     seen: set[int] = set()
     for where, line in GT_VS_PRED.lines(path):
-        GT_VS_PRED.parse_json(line, where)  # JSON that means one thing; pydantic alone takes two equal keys
+        GT_VS_PRED.parse_json(line, where)  # strict JSON first: pydantic's parser accepts duplicate keys
         try:
             result = _LINE.validate_json(line, strict=True)
         except ValidationError as error:
@@ -154,7 +155,7 @@ def read_results(path: Path) -> Iterator[ImageResult]:
 
 
 def own_lines(results: Iterable[ImageResult]) -> list[ImageResult]:
-    """Without the probes: one line an image."""
+    """The results without probes: one line per image."""
     return [result for result in results if not result.probe]
 
 

@@ -1,4 +1,4 @@
-"""Image files as arguments name them, and distinct names for what is made from them."""
+"""Find image files from command-line arguments, and make distinct names for their outputs."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 
 from coordexp.errors import DataError
 
-# The formats that are read, by Pillow's names, and the suffixes of their files. MPO is what many phones and cameras
-# write: a JPEG with more pictures behind it, of which the first is read; Pillow's JPEG reader knows it.
+# Supported formats, by Pillow's names, with their file suffixes. Many phones and cameras write MPO: a JPEG followed by
+# more images, of which the first is read; Pillow's JPEG reader supports it.
 IMAGE_FORMATS: dict[str, tuple[str, ...]] = {
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
     "PNG": (".png", ".apng"),
@@ -24,24 +24,26 @@ IMAGE_SUFFIXES = frozenset(chain.from_iterable(IMAGE_FORMATS.values()))
 
 
 def expand_images(arguments: Iterable[str]) -> list[Path]:
-    """The image files that the arguments mean, each once: files, the images of a folder, the matches of a glob.
+    """Expand arguments to image files, each once: files, folders, and glob patterns.
 
-    A named file is taken whatever its suffix; of a folder, what has a suffix of `IMAGE_SUFFIXES`.
+    An explicitly named file is accepted with any suffix; in a folder, only files with a suffix in `IMAGE_SUFFIXES` are.
 
     Raises:
-        DataError: an argument means no file, or a folder holds none with such a suffix.
+        DataError: an argument matches no file, or a folder has no file with such a suffix.
     """
     paths: dict[Path, None] = {}
     for argument in arguments:
         path = Path(argument)
         if path.is_dir():
             matches = _images_of_folder(path)
-        elif path.exists():  # also a pipe or a device: reading it says what it is
+        elif path.exists():  # also a pipe or a device: reading it raises a precise error
             matches = [path]
         else:
             matches = sorted(p for p in map(Path, glob.glob(argument, recursive=True)) if not p.is_dir())
         if not matches:
-            raise DataError(f"{argument}: no image there; expected an image file, a folder of images, or a glob.")
+            raise DataError(
+                f"{argument}: no image there; expected an image file, a folder of images, or a glob pattern."
+            )
         paths |= dict.fromkeys(matches)
     return list(paths)
 
@@ -52,13 +54,13 @@ def _images_of_folder(folder: Path) -> list[Path]:
     if not images:
         raise DataError(
             f"{folder}: no image there: none of its {len(files)} files ends in {', '.join(sorted(IMAGE_SUFFIXES))}. "
-            "Sub-folders are not searched; name them, or give a glob."
+            "Subfolders are not searched; name them, or use a glob pattern."
         )
     return images
 
 
 def files_below(folder: Path) -> Iterator[Path]:
-    """Every file below a folder, linked folders included, except where a link leads back up."""
+    """Every file below a folder, including linked folders, except links to a parent folder."""
     for place, folders, names in os.walk(folder, followlinks=True):
         if Path(place).resolve() in {parent.resolve() for parent in Path(place).parents}:
             folders.clear()
@@ -67,7 +69,7 @@ def files_below(folder: Path) -> Iterator[Path]:
 
 
 def distinct_stems(paths: Sequence[Path]) -> Iterator[str]:
-    """A name for each file; names that repeat get a number."""
+    """A distinct name for each file; repeated names get a number."""
     taken: set[str] = set()
     for path in paths:
         candidates = (f"{path.stem}-{number}" for number in count(2))
@@ -77,10 +79,10 @@ def distinct_stems(paths: Sequence[Path]) -> Iterator[str]:
 
 
 def picture_targets(paths: Sequence[Path], save: Path) -> dict[Path, Path]:
-    """Where each drawn picture goes; in a folder, names that repeat get a number.
+    """The output path of each drawn image; in a folder, repeated names get a number.
 
     Raises:
-        DataError: one file for several images, or a drawing would replace an image.
+        DataError: one output file for several images, or a drawing would replace an input image.
     """
     if save.suffix.lower() in IMAGE_SUFFIXES and not save.is_dir():
         if len(paths) > 1:

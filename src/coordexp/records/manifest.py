@@ -1,11 +1,11 @@
-"""The manifest of data sets on disk: what each image file is, found once, so that images are never copied.
+"""The manifest of data sets on disk: the facts of every image file, collected once, so that images are never copied.
 
     data/<profile>/raw/manifest.json   the sets: format, root, annotation files with their hashes, hash of the list of
                                        shards (empty: the images are files), counts, problems; and the hash of the
                                        other file. A root below this folder is relative to it.
-    data/<profile>/raw/images.parquet  a row for each image: name, bytes, sha256, size, mode, orientation, problem
+    data/<profile>/raw/images.parquet  one row per image: name, bytes, sha256, size, mode, orientation, problem
 
-Records name an image `<set>/<path below the set's root>`; `record_source` leads from there to its bytes.
+Records refer to an image as `<set>/<path below the set's root>`; `record_source` finds its bytes.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ READERS: dict[str, Reader] = {
     "conversations": conversations.read,
     "jsonl": jsonl.read,
 }
-# Of the formats whose annotations lie in more files than the key of a split names.
+# Formats whose annotations are in more files than the one that the key of a split names.
 READ_FROM: dict[str, Callable[[SplitFiles], list[Path]]] = {
     "open_images": tables.open_images_read_from,
     "refcoco": refcoco.read_from,
@@ -71,7 +71,7 @@ READ_FROM: dict[str, Callable[[SplitFiles], list[Path]]] = {
     "voc": voc.read_from,
 }
 IMAGES = "images.parquet"
-ANNOTATION_SUFFIXES = (".json", ".xml", ".parquet")  # of files that a folder or a glob of annotations means
+ANNOTATION_SUFFIXES = (".json", ".xml", ".parquet")  # files matched by a folder or glob pattern of annotations
 SPLITS = ("train", "val")
 
 Facts = dict[str, dict[str, ImageFacts]]  # set -> file name -> facts
@@ -79,10 +79,10 @@ Watch = Callable[[Iterable[ImageFacts], int], Iterable[ImageFacts]]
 
 
 def write_manifest(folder: Path, sets: Mapping[str, DatasetConfig], decode: bool, workers: int) -> dict[str, Any]:
-    """Look at every image that the annotations name, write both files, and return the content of manifest.json.
+    """Inspect every annotated image, write both files, and return the content of manifest.json.
 
     Raises:
-        DataError: a root or an annotation file is missing, or is not of the format that the profile says.
+        DataError: a root or an annotation file is missing, or does not have the format set in the profile.
     """
     folder.mkdir(parents=True, exist_ok=True)
     described: dict[str, Any] = {}
@@ -104,33 +104,34 @@ def write_manifest(folder: Path, sets: Mapping[str, DatasetConfig], decode: bool
 
 
 def located(name: str, dataset: DatasetConfig) -> DatasetConfig:
-    """The set with its root as an absolute path.
+    """The data set with its root as an absolute path.
 
-    A relative one starts at the repository, also in a temporary experiment's copy. Raises DataError if it is no folder.
+    A relative root starts at the user's repository, also in the temporary copy of an experiment. Raises DataError if it
+    is not a folder.
     """
     path = (repository_root() / Path(dataset.root).expanduser()).absolute()
     if not path.is_dir():
         raise DataError(
-            f"source.sets.{name}.root: {path} is no folder; expected the data set. Set the key to where it lies, or "
-            f"link it there: ln -s /where/it/lies {dataset.root}"
+            f"source.sets.{name}.root: {path} is not a folder; expected the data set. Set the key to its location, or "
+            f"create a link: ln -s /path/to/data {dataset.root}"
         )
     return dataset.model_copy(update={"root": str(path)})
 
 
 def _relative_to(folder: Path, root: Path) -> Path:
-    """A root below the folder of the manifest as seen from there: both are copied, cached and moved together."""
+    """The root relative to the manifest's folder if it is inside: both are then copied, cached and moved together."""
     return root.relative_to(folder.absolute()) if root.is_relative_to(folder.absolute()) else root
 
 
 def own_splits(dataset: DatasetConfig) -> list[str]:
-    """The splits that have annotations of their own."""
+    """The splits with their own annotations."""
     return [split for split in SPLITS if getattr(dataset, split) not in (NO_SPLIT, AUTO_SPLIT)]
 
 
 def open_split(dataset: DatasetConfig, split: str, polygons: bool = True) -> Reading | None:
-    """Read one split of a set that is `located`; None if it has no such split.
+    """Read one split of a `located` set; None if the set does not have this split.
 
-    A val split that is taken from train is all of train; `of_split` leaves what belongs to it.
+    If val is taken from train, this is all of train; `of_split` selects the images of val.
     """
     if getattr(dataset, split) == NO_SPLIT:
         return None
@@ -142,7 +143,7 @@ def open_split(dataset: DatasetConfig, split: str, polygons: bool = True) -> Rea
 def of_split(
     reading: Reading, dataset: DatasetConfig, split: str, facts: Mapping[str, ImageFacts], val_fraction: float
 ) -> Reading:
-    """The images that belong to a split, where val is taken from train: chosen by the content of each picture alone."""
+    """The images of a split if val is taken from train; the selection depends only on the content of each image."""
     if dataset.val != AUTO_SPLIT:
         return reading
     chosen = _chosen_for_val(facts, val_fraction)
@@ -153,17 +154,17 @@ def of_split(
             return found if (content_of(found.file_name, facts) in chosen) == (split == "val") else None
         return found if split == "train" else None
 
-    # What the annotations as a whole have lost is counted once.
+    # Problems of the annotations as a whole are counted once, in train.
     return replace(reading, parse=parse, problems=reading.problems if split == "train" else [])
 
 
 def content_of(name: object, facts: Mapping[str, ImageFacts]) -> str:
-    """Hash of the content of an image; empty where that cannot be read."""
+    """Hash of the content of an image; empty if it cannot be read."""
     return facts[name].sha256 if isinstance(name, str) and name in facts else ""
 
 
 def _chosen_for_val(facts: Mapping[str, ImageFacts], fraction: float) -> set[str]:
-    """The contents with the smallest hashes: each one below the fraction; one at least, and never all."""
+    """The contents with hashes below the fraction; at least one, and never all."""
     contents = sorted({f.sha256 for f in facts.values() if not f.problem}, key=_place_in_line)
     below = sum(_place_in_line(content) < fraction for content in contents)
     return set(contents[: min(max(below, 1), len(contents) - 1)])
@@ -174,7 +175,7 @@ def _place_in_line(content: str) -> float:
 
 
 def split_files(dataset: DatasetConfig, split: str) -> SplitFiles:
-    """Where one split lies. Raises DataError for a path that leaves the root of the set."""
+    """The location of one split. Raises DataError for a path that leaves the root of the set."""
     annotations, images = getattr(dataset, split), getattr(dataset, f"{split}_images")
     for key, path in ((split, annotations), (f"{split}_images", images)):
         if reason := unsafe_name(path):
@@ -185,9 +186,9 @@ def split_files(dataset: DatasetConfig, split: str) -> SplitFiles:
 def inspect_all(
     root: Path, names: Collection[str], decode: bool, workers: int, watch: Watch = lambda found, total: found
 ) -> dict[str, ImageFacts]:
-    """Facts of every named image, sorted by name; `watch` passes them on, and may show how far it is of how many.
+    """Facts of every named image, sorted by name; `watch` wraps the iteration, for example to show progress.
 
-    Decoding and hashing release the interpreter lock.
+    Decoding and hashing release the GIL, so threads are enough.
     """
     with ThreadPoolExecutor(max_workers=workers) as pool:
         found = pool.map(lambda name: inspect_image(root, name, decode), sorted(names))
@@ -206,7 +207,7 @@ def _summary(dataset: DatasetConfig, facts: Iterable[ImageFacts]) -> dict[str, A
 
 
 def _annotation_hash(dataset: DatasetConfig, split: str) -> str:
-    """Hash of the annotation file, or over all files that hold annotations of the split; empty if there is none."""
+    """Hash of the annotation file, or of all files with annotations of the split; empty if there are none."""
     files = split_files(dataset, split)
     if not files.path.exists() and not GLOB.search(files.path.name):
         return ""
@@ -234,11 +235,11 @@ def read_manifest(folder: Path) -> tuple[dict[str, DatasetConfig], Facts]:
     """The sets of a manifest, `located`, and the facts of their images by set and name.
 
     Raises:
-        DataError: the folder holds no manifest of data sets, or an annotation file or the shards changed since.
+        DataError: the folder has no manifest, or an annotation file or the shards changed since it was written.
     """
     described = manifest_of(folder).get("sets")
     if described is None:
-        raise DataError(f"{folder / MANIFEST}: describes no data sets; run the raw stage of this profile.")
+        raise DataError(f"{folder / MANIFEST}: has no data sets; run the raw stage of this profile.")
     sets: dict[str, DatasetConfig] = {}
     for name, row in described.items():
         keys = {key: row[key] for key in DatasetConfig.model_fields if key in row}
@@ -247,16 +248,16 @@ def read_manifest(folder: Path) -> tuple[dict[str, DatasetConfig], Facts]:
         for split, digest in row["annotation_hashes"].items():
             path, found = split_files(sets[name], split).path, _annotation_hash(sets[name], split)
             if found != digest:
-                what = f"{path}, or a file with annotations that belongs to it" if _has_more(sets[name], path) else path
+                what = f"{path}, or an annotation file that belongs to it" if _has_more(sets[name], path) else path
                 raise DataError(
-                    f"{what}: {'changed' if found else 'gone'} since the raw stage looked at set {name!r}; "
+                    f"{what}: {'changed' if found else 'deleted'} since the raw stage inspected set {name!r}; "
                     "run it again: dvc repro --force --single-item raw, then dvc repro."
                 )
     return sets, {name: {} for name in sets} | read_facts(folder)
 
 
 def read_facts(folder: Path) -> Facts:
-    """The facts of the images of a manifest by set and name, as the raw stage found them."""
+    """The facts of a manifest's images by set and name, as the raw stage recorded them."""
     facts: Facts = {}
     for row in pq.read_table(verified(folder / IMAGES)).to_pylist():
         name = row.pop("set")

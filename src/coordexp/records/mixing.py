@@ -1,6 +1,7 @@
-"""From the records of data sets to the splits of a profile: dev, weights, ids that do not clash, views, prompts.
+"""Turn the records of data sets into the splits of a profile: dev, weights, unique ids, views, prompts.
 
-Every choice is made by a hash of the record and the seed, so that one record's choice does not depend on the others.
+Every random choice is derived from a hash of the record and the seed, so the choice for one record does not depend on
+other records.
 """
 
 from __future__ import annotations
@@ -18,21 +19,21 @@ from coordexp.records.augment import augment
 from coordexp.records.schema import Record
 from coordexp.records.store import RecordStore
 
-# A longer list costs more tokens than the picture.
+# A longer list would take more tokens than the image.
 MAX_CLOSED_NAMES = 200
 
 
 def split_dev(
     records: Iterable[Record], dev_images: int, content: Mapping[str, str]
 ) -> tuple[RecordStore, RecordStore]:
-    """(train, dev): the `dev_images` pictures whose name has the smallest hash become dev, with all their records.
+    """(train, dev): the `dev_images` images with the smallest name hashes become dev, with all their records.
 
-    The choice depends on each picture alone: adding some to the source moves few others between splits.
+    The choice depends on each image alone, so adding images to the source moves few others between splits.
 
     Args:
         records: the training records; one image may have several.
-        dev_images: how many pictures to take.
-        content: image -> hash of its file. One picture under two names stays in one split, chosen by the first name.
+        dev_images: number of images to select.
+        content: image -> hash of its file. An image with two names stays in one split, chosen by the first name.
     """
     stored = records if isinstance(records, RecordStore) else RecordStore(records)
     names = list(stored.images())
@@ -43,7 +44,7 @@ def split_dev(
     ranked = sorted(name_of, key=lambda c: hashlib.sha256(name_of[c].encode()).digest())
     if dev_images >= len(ranked):
         raise DataError(
-            f"records.dev_images is {dev_images} of {len(ranked)} training images; leave some for training."
+            f"records.dev_images is {dev_images}, but there are {len(ranked)} training images; leave some for training."
         )
     dev = set(ranked[:dev_images])
     return (
@@ -53,9 +54,10 @@ def split_dev(
 
 
 def without_some(records: RecordStore, fraction: float, seed: int) -> tuple[RecordStore, RecordStore]:
-    """Records without a fraction of their objects, and records of those alone: what annotators did not annotate.
+    """(kept, removed): records without a random fraction of their objects, and records of only the removed objects.
 
-    Each object is chosen by itself; ignore regions stay. Both have the ids of the record, in the frame of its file.
+    This simulates missing annotations. Each object is chosen independently; ignore regions stay. Both results keep the
+    ids of the records.
     """
     if not fraction:
         return records, RecordStore()
@@ -70,15 +72,15 @@ def without_some(records: RecordStore, fraction: float, seed: int) -> tuple[Reco
 
 
 def overlap(train: Iterable[str], val: Iterable[str], content: Mapping[str, str]) -> dict[str, str]:
-    """Training image -> the val image with the same content, for every one there is."""
+    """Training image -> val image with the same content, for all such images."""
     of_val = {content[image]: image for image in val}
     return {image: of_val[content[image]] for image in train if content[image] in of_val}
 
 
 def repeat_by_weight(records: Iterable[Record], weight: float, seed: int) -> Iterator[Record]:
-    """Each record floor(weight) times, and, for the fraction that is left, some of them once more.
+    """Yield each record floor(weight) times, and once more with the probability of the remaining fraction.
 
-    Copies are numbered and have image ids of their own: each gets its own prompt and view, so its own rollout.
+    Copies are numbered and have separate image ids: each gets its own prompt and view, and so its own rollout.
     """
     whole, fraction = divmod(weight, 1)
     for record in records:
@@ -95,7 +97,7 @@ def with_views(records: Iterable[Record], config: RecordsConfig, seed: int) -> I
 
 
 def with_unique_ids(records: RecordStore, keep: bool) -> RecordStore:
-    """Records whose `image_id` is unique: the source's own if `keep`, else 48 bits of a hash of the record's name."""
+    """Records with unique `image_id`s: those of the source if `keep`, otherwise 48-bit hashes of the image names."""
     if keep and all("image_id" in metadata for _, metadata in records.heads()):
         return records
     return RecordStore(_with_hashed_ids(records))
@@ -119,12 +121,12 @@ def _hashed_id(name: str) -> int:
 
 @dataclass(frozen=True, slots=True)
 class SetNames:
-    """The names that a set annotates, all of them and those that training may read, and which names hold a word."""
+    """The category names of a data set: all, those in training, and an index by word."""
 
     every: tuple[str, ...]
     trained: tuple[str, ...]
     by_word: Mapping[str, frozenset[str]]
-    readable: tuple[str, ...]  # those of `every` whose words all occur in `trained`
+    readable: tuple[str, ...]  # names in `every` whose words all occur in `trained`
 
     @classmethod
     def of(cls, every: Iterable[str], trained: Iterable[str]) -> SetNames:
@@ -139,27 +141,27 @@ class SetNames:
         return cls(every, trained, {word: frozenset(names) for word, names in by_word.items()}, readable)
 
     def sharing(self, present: Iterable[str]) -> frozenset[str]:
-        """Names that share a word with one of these: the hard ones to tell from what is there."""
+        """Names that share a word with one of these: hard negatives."""
         words = {word for name in present for word in name.split()}
         return frozenset().union(*(self.by_word.get(word, ()) for word in words))
 
 
 def with_prompt(record: Record, kind: str, names: SetNames, config: RecordsConfig, seed: int, training: bool) -> Record:
-    """The record with `metadata.prompt`, which `text.prompts` puts into words.
+    """The record with `metadata.prompt`, which `text.prompts` turns into text.
 
-    Training prompts have one of the first `wordings`; a listed one names `listed_present` of what is there and up to
-    `listed_names` in all, the others drawn from what is known to be absent, and in `negative_rate` of the cases nothing
-    that is there. Dev and val always use the first wording, and name everything that may be judged: the whole list, or,
-    where that is too long, the names that the image was searched for; they are open where nothing is known to be
-    absent. A mixed set asks dev and val for everything.
+    Training prompts have one of the first `wordings`. A listed one contains a fraction `listed_present` of the present
+    names, and up to `listed_names` in total; the others are sampled from names known to be absent. With probability
+    `negative_rate` it contains only absent names. Dev and val always use the first wording, and list all names that
+    evaluation may count: the complete list or, if that is too long, the names that annotators searched for in the
+    image. If no name is known to be absent, the prompt is open. In a mixed set, dev and val prompts are open.
 
     Args:
         record: the record.
-        kind: what the prompts of its set ask for: open, closed, listed, phrase or mixed.
-        names: the names of the set.
+        kind: the kind of prompts of its set: open, closed, listed, phrase or mixed.
+        names: the category names of the set.
         config: the policies.
-        seed: of the choices.
-        training: whether the record is trained on.
+        seed: seed of the random choices.
+        training: whether the record is in the training split.
     """
     rng = _choice(record, seed, "prompt")
     style = rng.randrange(config.wordings) if training else 0
@@ -177,7 +179,7 @@ def with_prompt(record: Record, kind: str, names: SetNames, config: RecordsConfi
 def _asked_names(
     record: Record, kind: str, names: SetNames, config: RecordsConfig, rng: random.Random, training: bool
 ) -> list[str]:
-    """What the prompt of a set of one kind names."""
+    """The names in the prompt, for a set with one kind of prompts."""
     if kind == "phrase":
         there = (o.desc for o in record.objects if not o.metadata.get("iscrowd"))
         return [record.metadata.get("phrase") or next(there, "")]
@@ -194,7 +196,7 @@ def _asked_names(
 
 
 def _mixed(record: Record, names: SetNames, config: RecordsConfig, rng: random.Random) -> tuple[str, list[str]]:
-    """The kind of a training prompt, and what it names."""
+    """The kind of a training prompt in a mixed set, and its names."""
     at = rng.random()
     if at >= config.mixed_listed + config.mixed_phrase:
         return "open", []
@@ -206,15 +208,15 @@ def _mixed(record: Record, names: SetNames, config: RecordsConfig, rng: random.R
     return ("phrase", [rng.choice(present)]) if present else ("open", [])
 
 
-# What a probe asks for: a list of names present and absent, one name that is present, names of which none is present
-# and none shares a word with one that is, or of which each does. `PROBES` are the kinds, in this order.
+# Kinds of probes: a list of present and absent names ("list"), one present name ("one"), absent names that share no
+# word with a present one ("easy"), and absent names that do ("hard").
 PROBES = ("list", "one", "easy", "hard")
 
 
 def probes(record: Record, names: SetNames, config: RecordsConfig, seed: int) -> list[Record]:
-    """Further questions about the image of a val record, each a record of its own; none where there is none to ask.
+    """Additional prompts for the image of a val record, each as a separate record; kinds without names are skipped.
 
-    Absent names are such whose words training has read.
+    Absent names are taken from the readable names, whose words all occur in training.
     """
     present, absent = _present_and_absent(record, names.readable)
     similar = names.sharing(present)
@@ -246,9 +248,9 @@ def _closed(names: Sequence[str]) -> list[str]:
 
 
 def _present_and_absent(record: Record, names: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Names that are there, and names known not to be. A crowd's or difficult object's name is neither.
+    """(present, absent) names, as far as known. Names of crowd regions or difficult objects are in neither.
 
-    Nor is a name that part of the name of an object says already: where a red cat is, nobody can say that no cat is.
+    A name that is contained in the name of an object is not absent: with a red cat in the image, "cat" is not absent.
     """
     annotated = {o.desc for o in record.objects}
     present = sorted({o.desc for o in record.objects if not o.metadata.get("iscrowd")})
@@ -262,7 +264,7 @@ def _present_and_absent(record: Record, names: Sequence[str]) -> tuple[list[str]
 def _listed(
     present: list[str], absent: list[str], names: SetNames, config: RecordsConfig, rng: random.Random
 ) -> list[str]:
-    """Names of a list: some that are there, unless it is a negative one, and some that are not."""
+    """The names of a listed prompt: some present ones, unless it is a negative prompt, and some absent ones."""
     asked: list[str] = []
     if present and not (absent and rng.random() < config.negative_rate):
         asked = [name for name in present if rng.random() < config.listed_present] or [rng.choice(present)]
@@ -276,7 +278,7 @@ def _listed(
 def _absent_names(
     count: int, present: list[str], absent: list[str], names: SetNames, config: RecordsConfig, rng: random.Random
 ) -> list[str]:
-    """So many absent names, `listed_hard` of them similar to what is there, as far as there are such."""
+    """`count` absent names; a fraction `listed_hard` of them share a word with a present name, if there are enough."""
     similar = sorted(names.sharing(present).intersection(absent)) if config.listed_hard else []
     n_similar = min(len(similar), sum(rng.random() < config.listed_hard for _ in range(count)))
     asked = rng.sample(similar, n_similar)

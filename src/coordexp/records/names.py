@@ -1,7 +1,7 @@
-"""One name for each category, before anything is trained: names that evaluation could not tell apart are settled here.
+"""One name per category, before training: unify names that evaluation cannot distinguish.
 
-Evaluation looks a prediction up by its normalised name (`records.descriptions.normalise_desc`), so "Person" and
-"person" are one name to it.
+Evaluation looks up a prediction by its normalized name (`records.descriptions.normalise_desc`), so it cannot
+distinguish "Person" from "person".
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from coordexp.records.descriptions import clean_desc, normalise_desc
 from coordexp.records.policy import RecordSet
 from coordexp.records.schema import ObjectRecord, Record
 
-_LISTS = ("absent", "not_exhaustive")  # of names in a record's metadata
+_LISTS = ("absent", "not_exhaustive")  # keys with lists of names in a record's metadata
 
 
 @dataclass(slots=True)
 class SettledNames:
-    """The categories of each set without those that clash, and how names are written."""
+    """The categories of each set without clashes, and the spelling of names."""
 
     categories: dict[str, tuple[Category, ...]] = field(default_factory=dict)  # by set
-    spelling: dict[str, str] = field(default_factory=dict)  # a name as found -> as it is written; only what changes
-    unused: dict[str, list[str]] = field(default_factory=dict)  # set -> categories that were left out, in words
-    merged: dict[str, list[str]] = field(default_factory=dict)  # set -> names that are written otherwise, in words
-    refused: dict[str, list[str]] = field(default_factory=dict)  # set -> clashes that only the user can settle
+    spelling: dict[str, str] = field(default_factory=dict)  # name as found -> name as written; only changed names
+    unused: dict[str, list[str]] = field(default_factory=dict)  # set -> omitted categories, in words
+    merged: dict[str, list[str]] = field(default_factory=dict)  # set -> names with another spelling, in words
+    refused: dict[str, list[str]] = field(default_factory=dict)  # set -> clashes that the user must resolve
 
     def notes(self) -> list[str]:
-        """What was changed, a line each."""
+        """One line per change."""
         listed = (
             (name, text) for found in (self.unused, self.merged) for name, texts in found.items() for text in texts
         )
@@ -38,11 +38,11 @@ class SettledNames:
 
 
 def settle_names(sets: Mapping[str, Sequence[RecordSet]]) -> SettledNames:
-    """Settle the names of sets, each with the records of its splits.
+    """Unify the names of data sets, each with the records of its splits.
 
-    Within a set, a category without an annotation gives way to one of the same name that has some; two that are both
-    annotated are refused. Across sets, and among names that no file declares, one spelling is kept: that of the first
-    set, in it the declared or else the most frequent one.
+    Within a set, of two categories with the same name, the one without annotations is omitted; two annotated ones are
+    an error. Across sets, and among undeclared names, one spelling is kept: that of the first set, where a declared
+    spelling takes precedence over the most frequent one.
     """
     result = SettledNames()
     kept: dict[str, str] = {}  # normalised name -> spelling
@@ -50,7 +50,7 @@ def settle_names(sets: Mapping[str, Sequence[RecordSet]]) -> SettledNames:
         annotated: Counter[tuple[int | None, str]] = Counter()
         for split in splits:
             annotated.update(split.annotated)
-        # The last split is val, whose ids count at a test server.
+        # The last split is val, whose ids an evaluation server uses.
         declared = next((split.categories for split in reversed(splits) if split.categories), ())
         result.categories[name] = _one_of_each(name, declared, annotated, result)
         for found in _by_preference(result.categories[name], declared, annotated):
@@ -64,13 +64,13 @@ def settle_names(sets: Mapping[str, Sequence[RecordSet]]) -> SettledNames:
 
 
 def refuse_clashes(names: SettledNames) -> None:
-    """Raise DataError if a set annotates two categories of one name."""
+    """Raise DataError if a set has annotations of two categories with the same name."""
     if names.refused:
         raise DataError("\n".join(f"{name}: {text}" for name, texts in names.refused.items() for text in texts))
 
 
 def respelled(records: Iterable[Record], spelling: Mapping[str, str]) -> Iterable[Record]:
-    """The records with every name as it is written."""
+    """The records with the final spelling of all names."""
     return (_respelled(record, spelling) for record in records) if spelling else records
 
 
@@ -80,18 +80,18 @@ def _one_of_each(
     left_out = {c.id for c in declared if c.is_root and (c.id, clean_desc(c.name)) not in annotated}
     for c in declared:
         if c.id in left_out:
-            text = f"category {c.id} {c.name!r} is the root of the others and has no annotation: left out"
+            text = f"category {c.id} {c.name!r} is the parent of the others and has no annotation: omitted"
             result.unused.setdefault(name, []).append(text)
     for group in clashing(c for c in declared if c.id not in left_out):
         used = [c for c in group if (c.id, clean_desc(c.name)) in annotated]
         if len(used) > 1:
-            text = f"{shown_clash(used)}, and both are annotated: rename one, or give the objects of both one id."
+            text = f"{shown_clash(used)}, and both have annotations: rename one, or give the objects of both one id."
             result.refused.setdefault(name, []).append(text)
             continue
         stays = used[0] if used else group[0]
         gone = [c for c in group if c is not stays]
         left_out |= {c.id for c in gone}
-        text = f"{shown_clash(group)}; {stays.id} {stays.name!r} stays, the other has no annotation"
+        text = f"{shown_clash(group)}; {stays.id} {stays.name!r} is kept, the other has no annotation"
         result.unused.setdefault(name, []).append(text)
     return tuple(c for c in declared if c.id not in left_out)
 
@@ -99,7 +99,7 @@ def _one_of_each(
 def _by_preference(
     categories: Iterable[Category], declared: Iterable[Category], annotated: Mapping[tuple[int | None, str], int]
 ) -> list[str]:
-    """Every name of a set once, the spelling to keep before its others."""
+    """Every name of a set once; the preferred spelling comes before others."""
     counts: Counter[str] = Counter()
     for (_, desc), count in annotated.items():
         counts[desc] += count

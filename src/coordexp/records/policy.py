@@ -1,7 +1,7 @@
-"""What is kept of a source: one place for every decision about boxes, names and images, whatever the format.
+"""What to keep of a source: all decisions about boxes, names and images, for all formats.
 
-Nothing disappears silently: what is not kept becomes a `Problem` with its reason, file and id. The reasons are listed
-in docs/data.md.
+Nothing is dropped silently: every dropped item becomes a `Problem` with reason, file and id. docs/data.md lists the
+reasons.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ from coordexp.records.sources.base import Problem, Reading, SourceImage, SourceO
 from coordexp.records.sources.files import shown
 from coordexp.records.store import RecordStore
 
-AREA_INVALID = "area_invalid"  # costs no object, only its annotated area
+AREA_INVALID = "area_invalid"  # drops only the annotated area, not the object
 INCOMPLETE = "record_incomplete"
-UNNAMED = "object"  # what the region of an object without a usable name is called
+UNNAMED = "object"  # name of the ignore region of an object without a usable name
 
 
 @dataclass(slots=True)
 class RecordSet:
-    """Records of one split of one set, everything that was not kept, and what the annotations looked like."""
+    """Records of one split of one set, everything that was dropped, and statistics of the annotations."""
 
     records: RecordStore = field(default_factory=RecordStore)
-    kept: int = 0  # annotations that the records hold as they are
+    kept: int = 0  # annotations that are in the records unchanged
     problems: list[Problem] = field(default_factory=list)
-    bad_images: list[Problem] = field(default_factory=list)  # those of `problems` that cost a whole image
-    categories: tuple[Category, ...] = ()  # those that the file declares
+    bad_images: list[Problem] = field(default_factory=list)  # those of `problems` that drop a whole image
+    categories: tuple[Category, ...] = ()  # declared in the file
     annotated: Counter[tuple[int | None, str]] = field(default_factory=Counter)  # annotations by category id and name
     frames: BoxFrames = field(default_factory=BoxFrames)
 
     def add(self, other: RecordSet) -> None:
-        """Join what was found in further images."""
+        """Add the results of more images."""
         self.records.extend(other.records)
         self.kept += other.kept
         self.problems += other.problems
@@ -54,7 +54,7 @@ class RecordSet:
 
     @property
     def drops(self) -> dict[str, int]:
-        """What was not kept, counted by reason."""
+        """Counts of dropped items by reason."""
         return dict(sorted(Counter(p.reason for p in self.problems).items()))
 
 
@@ -72,18 +72,18 @@ def to_records(
     """Apply the policies to every image of a reading.
 
     Args:
-        reading: what a reader found.
-        facts: file name -> what is known of the file.
-        config: what to do with the unusual.
-        split: "train", or "val", where `max_objects` does not hold: what is evaluated is never thinned out.
-        prefix: put before file names in records.
-        prompt: what the set's prompts ask for. With "phrase" each record becomes a question about one object; those
-            without any go.
-        seed: of the choice of objects where there are too many.
-        workers: processes that do it; the result does not depend on how many.
+        reading: the result of a reader.
+        facts: file name -> facts of the file.
+        config: the policies.
+        split: "train" or "val"; `max_objects` does not apply to val, because evaluation data are never thinned out.
+        prefix: prepended to file names in records.
+        prompt: the kind of the set's prompts. With "phrase", each record is a prompt for one object, and records
+            without an object are dropped.
+        seed: seed of the choice of objects if there are too many.
+        workers: number of processes; the result does not depend on it.
 
     Raises:
-        DataError: an image is named of which nothing is known: the files are others than those that were looked at.
+        DataError: the facts lack an annotated image, because files or annotations changed since the inspection.
     """
 
     def of_batch(entries: list[Any]) -> tuple[RecordSet, list[Problem]]:
@@ -140,7 +140,7 @@ def _record(image: SourceImage, known: ImageFacts, objects: list[ObjectRecord], 
 
 
 def image_problem(image: SourceImage, facts: Mapping[str, ImageFacts]) -> Problem | None:
-    """Why an image cannot be used at all, or None."""
+    """The problem that makes an image unusable, or None."""
     if reason := unsafe_name(image.file_name):
         return Problem("image_path_unsafe", image.file, image.key, f"{image.file_name!r} {reason}")
     has_size = image.width is not None and image.height is not None
@@ -151,8 +151,8 @@ def image_problem(image: SourceImage, facts: Mapping[str, ImageFacts]) -> Proble
         known = facts[image.file_name]
     except KeyError as error:
         raise DataError(
-            f"{image.file}: {image.key}: the picture {image.file_name} was not there, or not named, when the pictures "
-            "were looked at. In the graph: dvc repro --force --single-item raw, then dvc repro."
+            f"{image.file}: {image.key}: the image {image.file_name} was missing, or not annotated, when the raw stage "
+            "inspected the images. In the graph: dvc repro --force --single-item raw, then dvc repro."
         ) from error
     if known.problem:
         return Problem(known.problem, image.file, image.key, f"{image.file_name}: {known.detail}")
@@ -170,21 +170,21 @@ def _is_side(value: Any) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Lost:
-    """An object that may not be kept: why, what was found, and the region that says that something is there."""
+    """A dropped object: reason, what was found, and the ignore region that replaces it."""
 
     reason: str
     detail: str
     region: ObjectRecord | None = None
-    leaves_gap: bool = False  # it is in the picture, nobody knows where
+    leaves_gap: bool = False  # the object is in the image, but its position is unknown
 
 
 def _kept_objects(
     image: SourceImage, known: ImageFacts, config: RecordsConfig, result: RecordSet
 ) -> tuple[list[ObjectRecord], bool]:
-    """The objects of an image that may be kept, each once, and whether that is all that must be known of it.
+    """The kept objects of an image without duplicates, and whether the record is complete.
 
-    The others are added to the problems of `result`. One with a known place leaves an ignore region: training would
-    teach otherwise that nothing is there.
+    Dropped objects are added to the problems of `result`. If its position is known, a dropped object leaves an ignore
+    region; otherwise training would teach that nothing is there.
     """
     kept: dict[tuple[str, Box], ObjectRecord] = {}
     regions: list[ObjectRecord] = []
@@ -208,9 +208,9 @@ def _kept_objects(
 
 
 def _asks_for_nothing(image: SourceImage, kept: Iterable[ObjectRecord], asks_phrases: bool) -> bool:
-    """Whether a phrase has lost its object: the question would be answered by "nothing is there".
+    """Whether a phrase has lost its object, so that the target answer would be empty.
 
-    A source may say by a phrase without objects that it means nothing in the image; that stays.
+    A source may state by a phrase without objects that the phrase matches nothing in the image; such a record stays.
     """
     had_object = "phrase" in image.metadata and bool(image.objects)
     is_question = had_object or (asks_phrases and not image.metadata.get("phrase"))
@@ -220,7 +220,7 @@ def _asks_for_nothing(image: SourceImage, kept: Iterable[ObjectRecord], asks_phr
 def _object(
     obj: SourceObject, width: int, height: int, config: RecordsConfig, result: RecordSet
 ) -> ObjectRecord | Lost:
-    """The object as it may be kept, or what is lost of it."""
+    """The object in record form, or the loss if it must be dropped."""
     desc = clean_desc(obj.desc)
     reason, detail = _problem_of_content(obj, desc)
     name = str(desc) if not desc_problem(desc) else _region_name(desc)
@@ -237,18 +237,18 @@ def _object(
     if reason:
         place = _place(found, width, height, config.min_side_px)
         region = ObjectRecord(name, place, metadata={"iscrowd": 1, "lost": reason}) if place else None
-        return Lost(reason, detail, region)  # a box outside of the image leaves no gap in it
+        return Lost(reason, detail, region)  # a box outside the image leaves no gap
     is_region = obj.iscrowd and config.crowd == "ignore"
     metadata: dict[str, Any] = {**obj.metadata, **({"iscrowd": 1} if is_region else {})}
     if config.polygons == "keep" and obj.rings:
         metadata["segmentation"] = [[round(v, 2) for v in ring] for ring in obj.rings]
-    # An area that is the box's says nothing more. Others stay where a box is clipped: a mask ends with the image.
+    # An area equal to that of the box is redundant. Others stay even if the box is clipped: masks end at the border.
     area_px2 = as_area_px2(obj.area_px2)
     return ObjectRecord(name, box, None, metadata, None if area_px2 == _area(box) else area_px2)
 
 
 def _problem_of_content(obj: SourceObject, desc: object) -> tuple[str, str]:
-    """Why an object may not be kept, whatever its box is, and what was found; both empty if it may."""
+    """The drop reason that does not depend on the box, and what was found; both empty if there is none."""
     if obj.problem:
         return obj.problem, obj.found
     if reason := desc_problem(desc):
@@ -274,7 +274,7 @@ def _in_pixels(box: Box, side_units: float | None, width: int, height: int) -> B
 
 
 def _region_name(desc: object) -> str:
-    """What the region of a lost object is called: its name, or what is left of it that may stand in a record."""
+    """The name of the ignore region of a dropped object: its name, or the valid part of it."""
     if not isinstance(desc, str):
         return UNNAMED
     plain = str(clean_desc("".join(c for c in MARKER.sub(" ", desc) if c.isprintable())))[:MAX_DESC_CHARS].strip()
@@ -282,7 +282,7 @@ def _region_name(desc: object) -> str:
 
 
 def _place(box: Box, width: int, height: int, min_side_px: float) -> Box | None:
-    """The part of the image that a box without a usable size means; None if it means none."""
+    """The region of the image that a box with an invalid size refers to; None if it is outside."""
     x1, x2 = sorted((box[0], box[2]))
     y1, y2 = sorted((box[1], box[3]))
     if x1 > width or y1 > height or x2 < 0 or y2 < 0:
@@ -294,14 +294,14 @@ def _place(box: Box, width: int, height: int, min_side_px: float) -> Box | None:
 
 
 def _widened(begin: float, end: float, side: int, at_least: float) -> tuple[float, float]:
-    """A stretch of a side, about its middle at least so long as far as the side is."""
+    """An interval on a side, widened around its center to at least this length, within the side."""
     length = min(max(end - begin, at_least), float(side))
     begin = min(max((begin + end - length) / 2, 0.0), side - length)
     return begin, begin + length
 
 
 def _shown_box(obj: SourceObject, width: int, height: int) -> str:
-    """A box as a message quotes it: corners as the format reads them."""
+    """Quote a box for messages: corners as read by the format."""
     corners = ", ".join(f"{v:.4g}" for v in obj.box_xyxy or ())
     return (
         f"corners {corners}{'' if obj.side_units is None else f' of {obj.side_units:g}'}, image {width} x {height} px"
@@ -321,7 +321,7 @@ def _area(box: Box) -> float:
 def _at_most(
     objects: list[ObjectRecord], image: SourceImage, config: RecordsConfig, seed: int, problems: list[Problem]
 ) -> list[ObjectRecord] | None:
-    """At most `max_objects` objects (ignore regions do not count), or None where the whole record goes."""
+    """At most `max_objects` objects (ignore regions do not count), or None if the whole record is dropped."""
     counted = [o for o in objects if not o.metadata.get("iscrowd")]
     if not config.max_objects or len(counted) <= config.max_objects:
         return objects
@@ -332,6 +332,6 @@ def _at_most(
     chosen = random.Random(digest).sample(counted, config.max_objects)
     lost = [o for o in counted if not any(o is c for c in chosen)]
     problems.extend(Problem("over_max_objects", image.file, image.key, o.desc) for o in lost)
-    # Objects that are there but not asked for must not count as false alarms: they become ignore regions.
+    # Detecting one of the removed objects must not count as a false positive: they become ignore regions.
     regions = [replace(o, metadata={**o.metadata, "iscrowd": 1}) for o in lost]
     return [o for o in objects if o.metadata.get("iscrowd")] + chosen + regions

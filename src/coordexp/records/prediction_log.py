@@ -1,9 +1,9 @@
-"""Predictions on files of the user's own: a JSONL log that resumes, and the COCO form of its lines.
+"""Predictions on the user's files: a JSONL log that can be resumed, and its conversion to COCO's layout.
 
-A line is `Detections.to_json()`, whole and unfiltered, with `image` (the path as given), `checkpoint` (the folder) and
-`key`: what decided the answer. An answer is used again only if all of its key is what it would be now. The line of a
-picture that could not be read has `error`, the reason, in the place of an answer; it is asked again. Each line has
-the hash of its other keys.
+A line is `Detections.to_json()`, complete and unfiltered, with `image` (the path as given), `checkpoint` (the folder)
+and `key`: everything that determined the answer. An answer is reused only if its key would be the same now. For an
+image that could not be read, the line has `error`, the reason, in place of an answer; the next run tries it again. Each
+line contains the hash of its other keys.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class _Object:
 
 @dataclass(frozen=True, slots=True)
 class _Failure:
-    """What is checked of the line of a picture that cannot be read."""
+    """The checked keys of a line for an image that cannot be read."""
 
     image: str
     error: str
@@ -44,7 +44,7 @@ class _Failure:
 
 @dataclass(frozen=True, slots=True)
 class _Answer:
-    """What is checked of the line of an answer; a log for results alone needs no more than image and objects."""
+    """The checked keys of a line with an answer; a log that is only exported needs just image and objects."""
 
     image: str
     objects: tuple[_Object, ...]
@@ -59,23 +59,24 @@ _ANSWER, _FAILURE = TypeAdapter(_Answer), TypeAdapter(_Failure)
 
 @dataclass(frozen=True, slots=True)
 class AnswerSource:
-    """What answers: a hash over all files of the checkpoint that matter, and the settings (plain JSON values)."""
+    """What determines an answer: a hash of the relevant checkpoint files, and the settings (plain JSON values)."""
 
     checkpoint: str
     settings: dict[str, Any]
 
 
 class PredictionLog:
-    """One JSON line an image, appended as answers come; the last line of an image counts.
+    """One JSON line per image, appended as answers arrive; the last line of an image counts.
 
-    So the file never lacks both an answer and the one that takes its place, wherever a run is interrupted.
+    An answer is superseded by appending, not by rewriting. So at any interruption, the file has the old or the new
+    answer.
     """
 
     def __init__(self, path: Path, checkpoint: Path) -> None:
-        """Reads what is there; a last line that a crash cut short is dropped.
+        """Read the existing file; an incomplete last line from a crash is dropped.
 
         Raises:
-            DataError: a line is no prediction, or comes from a checkpoint at another place.
+            DataError: a line is not a prediction, or comes from a checkpoint in another folder.
         """
         self.path, self._checkpoint = path, checkpoint
         self._tidy()
@@ -83,30 +84,30 @@ class PredictionLog:
             other = Path(str(row.get("checkpoint")))
             if other.resolve() != checkpoint.resolve():
                 raise DataError(
-                    f"{path}: {image} was predicted by {other}, not by {checkpoint}; one file holds one "
-                    "checkpoint's predictions. Choose another --out, or delete this one."
+                    f"{path}: {image} was predicted by {other}, not by {checkpoint}; a log is for one checkpoint. "
+                    "Choose another --out, or delete this file."
                 )
         path.parent.mkdir(parents=True, exist_ok=True)
 
     def __contains__(self, image: str) -> bool:
-        """Whether there is an answer to this image, of now or of before."""
+        """Whether the log has a line for this image."""
         return image in self._rows
 
     def row(self, image: str) -> Row:
-        """The line of an image."""
+        """The line for an image."""
         return self._rows[image]
 
     def change(self, image: str, source: AnswerSource, picture_sha256: str) -> str:
-        """Why the image's answer does not hold now; empty if all that decided it is as it was."""
+        """The reason why the image's answer is no longer valid; empty if it is."""
         if "error" in self._rows[image]:
             return "they could not be read"
         changed = _changes(self._rows[image], source)
         if isinstance(key := self._rows[image].get("key"), dict) and key.get("picture_sha256") != picture_sha256:
-            changed.append("picture changed")
+            changed.append("image changed")
         return " and ".join(changed)
 
     def add(self, image: str, source: AnswerSource, picture_sha256: str, answer: Mapping[str, Any]) -> None:
-        """Append the answer to one image; it is on disk when this returns."""
+        """Append the answer for one image and flush it to the operating system."""
         key = {**asdict(source), "picture_sha256": picture_sha256}
         row = {"image": image, "checkpoint": str(self._checkpoint), "key": key, **answer}
         with self.path.open("a", encoding="utf-8") as out:
@@ -115,12 +116,12 @@ class PredictionLog:
         self._rows[image] = row
 
     def close(self, source: AnswerSource) -> int:
-        """Leave one line an image; returns how many answers there are that other weights or settings gave."""
+        """Reduce the file to one line per image; returns the number of answers from other weights or settings."""
         self._tidy()
         return sum(1 for row in self._rows.values() if _changes(row, source))
 
     def _tidy(self) -> None:
-        """Read the file, with what others may have added, and write it anew if an image has several lines."""
+        """Read the file, including lines of other processes, and rewrite it if an image has several lines."""
         self._rows: dict[str, Row] = {}
         if self.path.is_file():
             self._rows, n_lines, _ = _read(self.path)
@@ -133,7 +134,7 @@ def _changes(row: Row, source: AnswerSource) -> list[str]:
     if not isinstance(key, dict) or not isinstance(before := key.get("settings"), dict):
         return ["an older version wrote no key"]
     changed = [] if key.get("checkpoint") == source.checkpoint else ["checkpoint changed"]
-    now = json.loads(json.dumps(source.settings))  # as they come out of the file
+    now = json.loads(json.dumps(source.settings))  # in the same form as in the file
     if names := sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name)):
         changed.append(f"settings changed: {', '.join(names)}")
     return changed
@@ -144,21 +145,21 @@ def _line(row: Row) -> str:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The answers of a log, one an image; raises DataError if a line is no prediction, or an image has no answer."""
+    """The answers of a log, one per image; raises DataError if a line is invalid or an image has no answer."""
     by_image, n_lines, n_whole = _read(path)
     rows = list(by_image.values())
     if not rows or n_whole < n_lines:
-        PREDICTIONS.refuse(f"{path}:{n_lines}", "the last line is cut" if n_lines else "holds no answer")
+        PREDICTIONS.refuse(f"{path}:{n_lines}", "the last line is incomplete" if n_lines else "has no answer")
     if failed := [row for row in rows if "error" in row]:
         raise DataError(
-            f"{path}: {len(failed)} of {len(rows)} images have no answer; the first: {failed[0]['error']} Expected one "
-            "for each: restore the images and predict again, or delete the lines."
+            f"{path}: {len(failed)} of {len(rows)} images have no answer; the first: {failed[0]['error']} Expected an "
+            "answer per image: restore the images and predict again, or delete the lines."
         )
     return rows
 
 
 def _read(path: Path) -> tuple[dict[str, Row], int, int]:
-    """The newest line of each image, the number of all lines, and of those that have an end: others do not count."""
+    """The newest line of each image, the number of lines, and the number of complete lines; others are ignored."""
     rows: dict[str, Row] = {}
     n_lines = n_whole = 0
     for where, line in PREDICTIONS.lines(path):
@@ -173,28 +174,28 @@ def _read(path: Path) -> tuple[dict[str, Row], int, int]:
         except ValidationError as error:
             PREDICTIONS.refuse(where, first_fault(error.errors()), error)
         row = checked_row(row, where)
-        rows.pop(image, None)  # it stands where its newest line does
+        rows.pop(image, None)  # keep the order of the newest lines
         rows[image] = row
     return rows, n_lines, n_whole
 
 
 def checked_row(row: Row, where: str) -> Row:
-    """The row without its hash; one that has none is somebody else's, or of an older version: its key says nothing."""
+    """The row without its hash. A row without a hash is foreign or from an older version: its key is ignored."""
     if SEAL not in row:
         return {name: value for name, value in row.items() if name != "key"}
     try:
         return unsealed_row(row)
     except ValueError as error:
         raise DamagedArtefactError(
-            f"{where}: {error}: damaged, or edited. Delete the line to have it answered again, or its {SEAL} if the "
-            "change is yours."
+            f"{where}: {error}: damaged, or edited. Delete the line to predict the image again, or only its {SEAL} if "
+            "you made the change."
         ) from error
 
 
 def coco_predictions(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """The rows in COCO's instances layout, with a `score` in every annotation.
 
-    Image and category ids are of this file alone: images are numbered in their order, the names found alphabetically.
+    Image and category ids are valid only in this file: images are numbered in order, names alphabetically.
     """
     listed: Sequence[Mapping[str, Any]] = list(rows)
     names = sorted({o["desc"] for row in listed for o in row["objects"]})

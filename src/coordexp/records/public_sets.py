@@ -1,4 +1,4 @@
-"""Small public data sets that one command fetches into `datasets/`: each file by its hash, each folder whole or not."""
+"""Small public data sets that one command downloads to `datasets/`, verified by hash, each folder atomically."""
 
 from __future__ import annotations
 
@@ -19,35 +19,35 @@ from coordexp.records.images import unsafe_name
 from coordexp.records.schema import Record
 from coordexp.records.tiles import write_tiles
 
-DOWNLOADS = "downloads"  # below the folder of data sets; may be emptied when the sets are there
+DOWNLOADS = "downloads"  # subfolder of datasets/; may be emptied once the sets are complete
 
-Get = Callable[[str], Path]  # fetches a file of the set, by its name
-Build = Callable[[Get, Path], Iterator[str]]  # (get, the folder of the set) -> what was made, in words
+Get = Callable[[str], Path]  # downloads a file of the set, by name
+Build = Callable[[Get, Path], Iterator[str]]  # (get, folder of the set) -> lines about the results
 
 
 @dataclass(frozen=True, slots=True)
 class PublicSet:
-    """A set of others: its folder below `datasets/`, the files that it comes in, and what makes the folder of them."""
+    """A public data set: its folder below `datasets/`, the files to download, and the function that builds it."""
 
     folder: str
-    terms: str  # whose terms the pictures are under, in words
+    terms: str  # license terms in words
     files: tuple[RemoteFile, ...]
     build: Build
-    then: tuple[str, ...]  # what to run next, with remarks
+    then: tuple[str, ...]  # commands to run next, with remarks
 
 
 def fetch_set(wanted: PublicSet, datasets: Path, say: Say) -> None:
-    """Make `datasets/<folder>`; `say` is told what happens. A part that is there is left alone.
+    """Create `datasets/<folder>`; `say` receives progress messages. Existing parts are not changed.
 
     Raises:
-        DataError: a file cannot be had, or what is in the way was not made by this.
-        BusyError: another process is fetching.
+        DataError: a file cannot be downloaded, or a foreign file or folder is in the way.
+        BusyError: another process is downloading.
     """
     size, downloads = sum(file.bytes for file in wanted.files) / 1e6, datasets / DOWNLOADS
-    say(f"{datasets / wanted.folder}: {size:,.1f} MB, {size * 8 / 100:,.0f} s at 100 Mbit/s, unless they are there")
+    say(f"{datasets / wanted.folder}: {size:,.1f} MB to download if missing, {size * 8 / 100:,.0f} s at 100 Mbit/s")
     say(f"terms: {wanted.terms}")
     files = {file.name: file for file in wanted.files}
-    with holding(downloads, "fetching data sets", waits=False):
+    with holding(downloads, "downloading data sets", waits=False):
         for line in wanted.build(lambda name: fetch(files[name], downloads, say), datasets / wanted.folder):
             say(line)
     say("next:")
@@ -56,13 +56,13 @@ def fetch_set(wanted: PublicSet, datasets: Path, say: Say) -> None:
 
 
 # Annotated aerial photos in a wheel -> tiles of one label.
-TREE_PHOTOS = {  # stem of the photo and of its Pascal VOC file -> split; no photo is in both
+TREE_PHOTOS = {  # stem of the photo and of its Pascal VOC file -> split; the splits share no photo
     "2019_YELL_2_528000_4978000_image_crop2": "train",
     "SOAP_061": "train",
     "2019_YELL_2_541000_4977000_image_crop": "val",
     "OSBS_029": "val",
 }
-TREE = Category(1, "tree")  # what the source calls Tree, Alive and Dead
+TREE = Category(1, "tree")  # the source has the labels Tree, Alive and Dead
 TILE_PX = 192  # longest side
 WHEEL, PHOTO_FOLDER = "deepforest-2.1.0-py3-none-any.whl", "deepforest/data"
 LICENSE = "LICENSE"
@@ -79,10 +79,10 @@ ignore region (iscrowd). All boxes are called tree, living and dead ones.
 
 
 def build_trees(get: Get, folder: Path) -> Iterator[str]:
-    """A COCO folder of tiles, made anew each time."""
+    """Build a COCO folder of tiles; an existing one is replaced."""
     if folder.exists() and not (folder / LICENSE).is_file():
         raise DataError(
-            f"{folder}: is there, and not from here: it holds no {LICENSE}. Move it away; it is not replaced."
+            f"{folder}: exists, but this command did not make it: no {LICENSE} there. Move it away; it is not replaced."
         )
     with TemporaryDirectory(prefix=".trees-", dir=folder.parent) as temporary:
         photos, made = Path(temporary) / "photos", Path(temporary) / "made"
@@ -119,34 +119,34 @@ COCO_VAL_PICTURES = 5000
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What is taken from one archive: a folder of so many files, or one file (0)."""
+    """A part of an archive: a folder with this number of files, or a single file (0)."""
 
     archive: str
     path: str
     files: int = 0
 
     def is_there(self, folder: Path) -> bool:
-        """Whether it was taken before; raises DataError for a folder of another number of files."""
+        """Whether it was extracted before; raises DataError for a folder with another number of files."""
         target = folder / self.path
         if not self.files or not target.exists():
             return target.exists()
         found = sum(1 for _ in target.iterdir())
         if found != self.files:
-            raise DataError(f"{target}: holds {found} files, expected {self.files}. Move it away; it is not replaced.")
+            raise DataError(f"{target}: has {found} files, expected {self.files}. Move it away; it is not replaced.")
         return True
 
 
 def unpack(parts: Sequence[Part]) -> Build:
-    """Takes parts out of archives, each whole or not at all; what is there already is left alone."""
+    """Extract parts of archives, each atomically; existing parts are not changed."""
 
     def build(get: Get, folder: Path) -> Iterator[str]:
         for part in parts:
             if part.is_there(folder):
-                yield f"{folder / part.path}: is there"
+                yield f"{folder / part.path}: exists already"
                 continue
             with _opened(get(part.archive)) as archive:
                 _take(archive, part, folder)
-            yield f"{folder / part.path}: taken from {part.archive}"
+            yield f"{folder / part.path}: extracted from {part.archive}"
 
     return build
 
@@ -157,9 +157,9 @@ def _take(archive: zipfile.ZipFile, part: Part, folder: Path) -> None:
         return
     names = [name for name in archive.namelist() if fnmatchcase(name, f"{part.path}/?*")]
     if unsafe := [name for name in names if unsafe_name(name)]:
-        raise DataError(f"{archive.filename}: {unsafe[0]!r} leads out of the folder. Nothing was taken from it.")
+        raise DataError(f"{archive.filename}: {unsafe[0]!r} leads out of the folder. Nothing was extracted.")
     if len(names) != part.files:
-        raise DataError(f"{archive.filename}: holds {len(names)} files in {part.path}, expected {part.files}.")
+        raise DataError(f"{archive.filename}: has {len(names)} files in {part.path}, expected {part.files}.")
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=".unpacked-", dir=folder) as temporary:
         for name in names:
@@ -174,18 +174,18 @@ def _opened(path: Path) -> zipfile.ZipFile:
     try:
         return zipfile.ZipFile(path)
     except zipfile.BadZipFile as error:
-        raise DataError(f"{path}: no ZIP archive ({error}). Remove it and run this again.") from error
+        raise DataError(f"{path}: not a ZIP archive ({error}). Remove it and run this again.") from error
 
 
 def _member(archive: zipfile.ZipFile, name: str) -> bytes:
     try:
         return archive.read(name)
     except (KeyError, zipfile.BadZipFile) as error:
-        raise DataError(f"{archive.filename}: {name} is not there or damaged ({error}).") from error
+        raise DataError(f"{archive.filename}: {name} is missing or damaged ({error}).") from error
 
 
 _COCO = "http://images.cocodataset.org"
-# Sizes and hashes are those that TensorFlow Datasets keeps of these files; COCO states none.
+# Sizes and hashes are from TensorFlow Datasets; COCO does not publish any.
 _VAL = RemoteFile(
     "val2017.zip", f"{_COCO}/zips/val2017.zip", 815_585_330,
     "4f7e2ccb2866ec5041993c9cf2a952bbed69647b115d0f74da7ce8f4bef82f05",
@@ -202,17 +202,17 @@ _TREES = RemoteFile(
 PUBLIC_SETS = {
     "trees": PublicSet(
         folder="trees",
-        terms="MIT, Copyright (c) 2019, Ben Weinstein; the text lies beside the pictures",
+        terms="MIT, Copyright (c) 2019, Ben Weinstein; the text is next to the images",
         files=(_TREES,),
         build=build_trees,
         then=(
-            "coordexp doctor --profile trees --page trees.html   look at the tiles",
+            "coordexp doctor --profile trees --page trees.html   inspect the tiles",
             "dvc exp run --temp -S profile=trees                 the whole graph",
         ),
     ),
     "coco-val2017": PublicSet(
         folder="coco",
-        terms="annotations CC BY 4.0, by the COCO Consortium; each picture under the terms of its owner on Flickr",
+        terms="annotations CC BY 4.0, by the COCO Consortium; each image under the terms of its owner on Flickr",
         files=(_VAL, _ANNOTATIONS),
         build=unpack(
             [
@@ -222,11 +222,11 @@ PUBLIC_SETS = {
             ]
         ),
         then=(
-            "link or fetch the model into models/Qwen3-VL-2B-Instruct, then:",
-            "coordexp doctor --pin --profile coco-val2017        pins of the model; what the run needs, and hours",
-            "make check-profile PROFILE=coco-val2017             16 pictures through every data stage, one step",
+            "link or download the model to models/Qwen3-VL-2B-Instruct, then:",
+            "coordexp doctor --pin --profile coco-val2017        pin the model; estimate memory and hours",
+            "make check-profile PROFILE=coco-val2017             run every data stage on 16 images, and one step",
             "dvc exp run --temp -S profile=coco-val2017 -S decode.max_new_tokens=4096",
-            "docs/real_data.md says what was tried of this, and what it takes",
+            "docs/real_data.md describes what was tested, and the requirements",
         ),
     ),
 }

@@ -1,8 +1,7 @@
-"""Which format a folder is in: its annotation files, splits and pictures, as the keys of a set of a profile.
+"""Recognize the format of a folder: annotation files, splits and images, as the keys of a data set of a profile.
 
-Each format is known by a mark in its own files (`records.recognizers`), never by the name of the folder alone. What was
-recognized is then read for a sample of its pictures: missing files, lost objects, and boxes in another form than the
-format's are found there.
+Each format is recognized by marks in its own files (`records.recognizers`), never by folder names alone. Then a sample
+of images is read, which reveals missing files, lost objects, and boxes in another form than that of the format.
 """
 
 from __future__ import annotations
@@ -31,29 +30,29 @@ SAMPLE_IMAGES = 200
 class Candidate:
     """One way to read a folder.
 
-    `keys` is a complete block `source.sets.<name>` of a profile. `problems` says in words what the sample showed.
+    `keys` is a complete block `source.sets.<name>` of a profile. `problems` describes the problems of the sample.
     """
 
     format: Format
     keys: dict[str, Any]
     why: str
-    images: int  # pictures below its image folders, or in its parquet files
-    objects: int  # in the sample
+    images: int  # number of images in its image folders or parquet files
+    objects: int  # number of objects in the sample
     problems: tuple[str, ...]
 
     def dataset(self) -> DatasetConfig:
-        """The keys as a block."""
+        """The keys as a parameter block."""
         return DatasetConfig.model_validate(self.keys)
 
 
 def recognize_folder(path: Path) -> list[Candidate]:
-    """Every way to read a folder of annotated pictures, the likeliest first; empty if there is none.
+    """Every way to read a folder of annotated images, the most probable first; empty if there is none.
 
     Raises:
-        DataError: it is no folder.
+        DataError: the path is not a folder.
     """
     if not path.is_dir():
-        raise DataError(f"{path}: no such folder; expected a folder of annotated pictures.")
+        raise DataError(f"{path}: no such folder; expected a folder of annotated images.")
     folder = Folder(path.absolute())
     found = [
         candidate
@@ -65,7 +64,7 @@ def recognize_folder(path: Path) -> list[Candidate]:
 
 
 def _tried(folder: Folder, found: Found) -> Candidate | None:
-    """The candidate with what a sample of its training pictures shows; None if the reader refuses the file at all."""
+    """The candidate with the problems of a sample of its training images."""
     keys: dict[str, Any] = {
         "format": found.format, "root": str(folder.root), "train": found.train, "val": found.val,
         "train_images": found.train_images or ".", "val_images": found.val_images or found.train_images or ".",
@@ -85,9 +84,9 @@ def _tried(folder: Folder, found: Found) -> Candidate | None:
         problems.append(cause)
     if missing:
         shown = "; ".join(f"{reason} {count}" for reason, count in sorted(missing.items()))
-        problems.append(f"of {n_images} pictures looked at: {shown}")
+        problems.append(f"in a sample of {n_images} images: {shown}")
     if not n_objects:
-        problems.append("no object in the pictures looked at")
+        problems.append("no object in the sample of images")
     embedded = found.format == "hub"
     count = _rows(folder, found) if embedded else folder.count(keys["train_images"], keys["val_images"])
     return Candidate(found.format, keys, found.why, count, n_objects, tuple(problems))
@@ -102,7 +101,7 @@ def _rows(folder: Folder, found: Found) -> int:
 
 
 def _sampled(dataset: DatasetConfig) -> tuple[BoxFrames, int, Counter[str], int]:
-    """Of the first training pictures: frames of boxes, number of objects, problems by reason, number of pictures."""
+    """For the first training images: frames of boxes, number of objects, problems by reason, number of images."""
     reading = open_split(dataset, "train") or Reading((), (), [])
     frames, missing = BoxFrames(), Counter[str]()
     n_objects = n_images = 0

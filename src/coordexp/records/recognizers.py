@@ -1,4 +1,4 @@
-"""Marks by which the formats of data sets are known, in the files below a folder."""
+"""Recognizers of data set formats, by marks in the files of a folder."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from coordexp.records.sources.files import is_readable, opened, opened_parquet, 
 from coordexp.records.sources.tables import opened_table
 
 HEAD_BYTES = 1 << 16
-LOOKED_AT = 50  # files of one kind that are opened to see what they are
+LOOKED_AT = 50  # maximum number of files of one kind to open
 _SPLIT_WORDS = {"train": "train", "training": "train", "trainval": "train", "val": "val", "valid": "val",
                 "validation": "val", "dev": "val", "test": "test", "testing": "test"}  # fmt: skip
 _WORD = re.compile(r"[a-z]+")
@@ -29,7 +29,7 @@ _NO_BOXES = ("captions", "panoptic", "image_info", "stuff", "label_descriptions"
 
 @dataclass(slots=True)
 class Found:
-    """What a recognizer found: annotations and image folder by split, relative to the root."""
+    """The result of a recognizer: annotations and image folder by split, relative to the root."""
 
     format: Format
     why: str
@@ -42,7 +42,7 @@ class Found:
 
 
 class Folder:
-    """The files below a folder, by kind and relative to it, and what their first bytes say."""
+    """The files in a folder, by kind and relative to it, and access to their first and last bytes."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -71,7 +71,7 @@ class Folder:
 
     @cached_property
     def image_folders(self) -> list[str]:
-        """Every folder that holds pictures, itself or further down."""
+        """Every folder with images, directly or in subfolders."""
         found: dict[str, None] = {}
         for name in self.images:
             parts = name.split("/")[:-1]
@@ -79,7 +79,7 @@ class Folder:
         return sorted(found, key=lambda name: name.count("/") + (name != "."))
 
     def folder_of(self, image: str, near: str, split: str) -> str:
-        """The folder that an image name of annotations starts from; of several, that of the split."""
+        """The folder that an annotated image name is relative to; among several, that of the split."""
         image = image.replace("\\", "/").removeprefix("./")
         last = image.rsplit("/", 1)[-1]
         fitting = [f for f in self.image_folders if is_readable(self.root / f / image)]
@@ -94,7 +94,7 @@ class Folder:
         return fitting[0] if fitting else "."
 
     def count(self, *folders: str) -> int:
-        """How many pictures lie below any of the folders."""
+        """Number of images in any of the folders."""
         starts = tuple("" if f in ("", ".") else f"{f}/" for f in folders)
         return sum(name.startswith(starts) for name in self.images)
 
@@ -105,7 +105,7 @@ def folder_name(name: str) -> str:
 
 
 def _split_of(name: str) -> str:
-    """The split that a path names, by its last part that names one: train, val, test, or empty."""
+    """The split in a path, from its last part that names one: train, val, test, or empty."""
     for part in reversed(name.lower().split("/")):
         for word in _WORD.findall(part):
             if word in _SPLIT_WORDS:
@@ -117,7 +117,7 @@ def _split_of(name: str) -> str:
 
 
 def _paired(names: Iterable[str]) -> tuple[str, str | None]:
-    """(train, val) of annotation files or folders, of which there is one; one that names no split is train."""
+    """(train, val) among annotation files or folders, at least one; a name without a split counts as train."""
     listed = list(names)
     by_split = {split: [n for n in listed if _split_of(n) == split] for split in ("train", "val", "test", "")}
     train = (by_split["train"] or by_split[""] or by_split["val"] or by_split["test"])[0]
@@ -184,7 +184,7 @@ def _yolo(folder: Folder) -> Iterator[Found]:
             splits.train_images = next(iter(below), "images" if "images" in folder.image_folders else here)
         val = described.get("val", described.get("valid"))
         if val and val == described.get("train"):
-            splits.notes.append(f"{name} names the same images as train and val: val is taken from train")
+            splits.notes.append(f"{name} has the same images as train and val: val is taken from train")
         elif val and _resolves(folder, name, here):
             splits.val, splits.val_images = name, here
         elif not has_train and (of_val := [f for f in folder.image_folders if _split_of(f) == "val"]):
@@ -200,7 +200,7 @@ def _yolo(folder: Folder) -> Iterator[Found]:
 
 
 def _resolves(folder: Folder, name: str, images: str) -> bool:
-    """Whether the val images that a data.yaml names are there."""
+    """Whether the val images of a data.yaml exist."""
     keys = {"format": "yolo", "root": str(folder.root), "train": "none", "val": name, "train_images": images,
             "val_images": images, "weight": 1.0, "prompt": "open"}  # fmt: skip
     try:
@@ -333,7 +333,7 @@ def _parquet(folder: Folder) -> Iterator[Found]:
 
 
 def _of_shards(name: str, names: list[str]) -> str:
-    """A glob for all parts of a split: data/train-00000-of-00004.parquet -> data/train-*.parquet."""
+    """A glob pattern for all parts of a split: data/train-00000-of-00004.parquet -> data/train-*.parquet."""
     pattern = re.sub(r"-\d{3,}-of-\d{3,}(-[0-9a-f]+)?\.parquet$", "-*.parquet", name)
     return pattern if pattern != name and len(names) > 1 else name
 
@@ -355,8 +355,8 @@ def _lines(folder: Folder) -> Iterator[Found]:
         if not names:
             continue
         train, val = _paired(names)
-        what = "records of ours" if fmt == "jsonl" else "conversations about pictures"
-        splits = Found(fmt, f"{train} holds {what}", train, _line_images(folder, train, "train"))
+        what = "coordexp records" if fmt == "jsonl" else "conversations about images"
+        splits = Found(fmt, f"{train} has {what}", train, _line_images(folder, train, "train"))
         if val:
             splits.val, splits.val_images = val, _line_images(folder, val, "val")
         yield splits
@@ -376,7 +376,7 @@ def _visual_genome(folder: Folder) -> Iterator[Found]:
         train, val = _paired(found)
         parts = (folder_name(f) for f in folder.image_folders if f.split("/")[-1].startswith("VG_100K"))
         images = next(parts, ".")
-        yield Found("visual_genome", f"{train} lies beside image_data.json", train, images, val or AUTO_SPLIT, images)
+        yield Found("visual_genome", f"{train} is next to image_data.json", train, images, val or AUTO_SPLIT, images)
 
 
 def _refs(folder: Folder) -> Iterator[Found]:

@@ -4,9 +4,9 @@
      "objects": [{"desc": "black cat", "bbox_2d": [x1, y1, x2, y2], "area_px2": 812.5} | {"desc": ..., "poly": [...]}],
      "summary": "...", "metadata": {...}}
 
-Coordinates are pixel floats in [0, W] x [0, H], or ready coordinate tokens; one record never mixes both. `poly` is
-trained and evaluated by its tight box. `line` is refused. `area_px2` is optional: the area of the object's mask, by
-which COCO tells small, medium and large objects apart; without it the area of the box counts.
+Coordinates are pixel floats in [0, W] x [0, H], or coordinate tokens; one record never mixes both. A `poly` is trained
+and evaluated by its tight box. `line` is refused. `area_px2` is optional: the area of the object's mask, by which COCO
+distinguishes small, medium and large objects; without it, the area of the box is used.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from coordexp.geometry.bins import COORD_PATTERN, decode_norm
 from coordexp.infra.files import replacing
 from coordexp.infra.foreign import Gate
 
-RECORDS = Gate("one JSON record a line", DataError, "Convert again, or correct the line.")
+RECORDS = Gate("one JSON record per line", DataError, "Convert again, or correct the line.")
 RECORD_KEYS = {"images", "width", "height", "objects", "summary", "metadata"}
 OBJECT_KEYS = {"desc", "bbox_2d", "poly", "area_px2", "metadata"}
 REMOVED_GEOMETRY = {"line", "line_points", "bbox", "polygon"}
 _FLAGS = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
-LARGEST_AREA_PX2 = 1e5**2  # end of COCO's largest band of areas; an object beyond it would count in none
+LARGEST_AREA_PX2 = 1e5**2  # upper end of COCO's largest area band; an object above it would be in no band
 
 
 @dataclass(frozen=True, slots=True)
 class ObjectRecord:
-    """One annotated object: what it is called and where it is (float pixels).
+    """One annotated object: description and geometry (float pixels).
 
-    `area_px2` is the annotated area, that of the mask; None where there is none, or where it is that of the box.
+    `area_px2` is the annotated area of the mask; None if there is none, or if it equals that of the box.
     """
 
     desc: str
@@ -66,7 +66,7 @@ class Record:
             else:
                 row["poly"] = [round(v, 3) for v in obj.poly_px]
             if obj.area_px2 is not None:
-                row["area_px2"] = obj.area_px2  # never rounded: it decides between bands
+                row["area_px2"] = obj.area_px2  # not rounded: it decides the size band
             if obj.metadata:
                 row["metadata"] = obj.metadata
             objects.append(row)
@@ -83,10 +83,10 @@ def parse_record(row: Any, where: str) -> Record:
 
     Args:
         row: the decoded JSON value.
-        where: "file:line", used in every message.
+        where: "file:line", for messages.
 
     Raises:
-        DataError: naming the place, what was found and what was expected.
+        DataError: the message states the place, what was found and what was expected.
     """
     if not isinstance(row, dict):
         raise DataError(
@@ -148,7 +148,7 @@ def _parse_object(obj: Any, width: int, height: int, where: str) -> tuple[Object
 def _geometry(
     obj: dict[str, Any], width: int, height: int, where: str
 ) -> tuple[list[float], tuple[float, ...] | None, bool]:
-    """Tight box [x1, y1, x2, y2], the polygon if there is one, and whether they were written as tokens."""
+    """Tight box [x1, y1, x2, y2], the polygon if there is one, and whether coordinates were written as tokens."""
     present = [key for key in ("bbox_2d", "poly") if key in obj]
     if len(present) != 1:
         raise DataError(f"{where}: has geometry {present or 'none'}, expected exactly one of bbox_2d and poly.")
@@ -163,7 +163,7 @@ def _geometry(
 
 
 def as_flag(value: Any) -> bool | None:
-    """A yes or no: 0, 1, true, false, or one of them as text; nothing (null) is no. None: it says neither."""
+    """A boolean from 0, 1, true, false, one of these as text, or null (which means False); None if it is invalid."""
     if value is None or isinstance(value, bool):
         return bool(value)
     if isinstance(value, int | float):
@@ -172,7 +172,7 @@ def as_flag(value: Any) -> bool | None:
 
 
 def checked_flag(value: Any, where: str) -> bool:
-    """`as_flag` of a value that must say yes or no; raises DataError naming `where`."""
+    """`as_flag` of a value that must be valid; raises DataError with `where`."""
     flag = as_flag(value)
     if flag is None:
         raise DataError(f"{where} is {value!r}, expected 0 or 1.")
@@ -180,19 +180,19 @@ def checked_flag(value: Any, where: str) -> bool:
 
 
 def checked_area_px2(value: Any, where: str) -> float | None:
-    """The area of an object as a file of ours holds it, None where it holds none; raises DataError naming `where`."""
+    """The area of an object in one of our own files, None if there is none; raises DataError with `where`."""
     if value is None:
         return None
     if not is_area_px2(value):
         raise DataError(
             f"{where}: area_px2 is {value!r}, expected a number of square pixels from 0 to {LARGEST_AREA_PX2:g}. "
-            "Correct it, or leave it out: then the area of the box counts."
+            "Correct it, or omit it: then the area of the box is used."
         )
     return float(value)
 
 
 def is_area_px2(value: Any) -> bool:
-    """A number that can be the area of an object; true and false are none."""
+    """Whether a value can be the area of an object; true and false cannot."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= LARGEST_AREA_PX2
 
 
@@ -226,7 +226,7 @@ def _positive_int(value: Any, where: str) -> int:
 
 
 def read_records(path: Path) -> Iterator[Record]:
-    """Yield the checked records of a JSONL file; raises DataError naming file and line at the first broken one."""
+    """Yield the checked records of a JSONL file; raises DataError with file and line at the first invalid one."""
     for where, line in RECORDS.lines(path):
         if not line.strip():
             raise DataError(f"{where}: empty line, expected one JSON record per line.")
@@ -244,5 +244,5 @@ def write_records(path: Path, records: Iterable[Record]) -> int:
 
 
 def json_line(record: Record) -> str:
-    """A record as the line of a file."""
+    """A record as a line of JSON."""
     return json.dumps(record.to_json(), ensure_ascii=False) + "\n"

@@ -1,15 +1,15 @@
-"""Where the bytes of pictures lie: each in a file of its own, or a thousand of them in one shard.
+"""Storage of image bytes: one file per image, or shards with a thousand images each.
 
-Tools that look at every file of a folder (DVC, rsync, backups) take their time by the number of files, so the composed
-pictures are written as shards. Those of a user stay the files that they are.
+Tools that check every file of a folder (DVC, rsync, backups) need time per file, so composed images are written as
+shards. The user's own images stay files.
 
     <root>/coordexp-shards.json   the shards of the folder, each with offset and sha256 of its directory
-    <root>/train-000.zip, ...     uncompressed ZIP files; names are relative to the root, as those of files would be
+    <root>/train-000.zip, ...     uncompressed ZIP files; names are relative to the root, as for separate files
 
-A shard is read without unpacking it: its directory says where a picture begins, and one `pread` brings it. Checks form
-a chain, manifest -> list of shards -> directory -> CRC-32 of the picture, so that whoever reads a picture sees a shard
-that was cut, damaged or replaced, without hashing gigabytes first. Nothing stays open: threads and forked processes
-share no file position.
+A shard is read without unpacking it: its directory has the offset of each image, and one `pread` reads it. Checks form
+a chain, manifest -> list of shards -> directory -> CRC-32 of the image. So every reader of an image detects a
+truncated, damaged or replaced shard, without hashing gigabytes first. No file stays open, so threads and forked
+processes share no file position.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ INDEX = "coordexp-shards.json"
 SHARD_PICTURES = 1000
 RESTORE = "Restore it with `dvc checkout`, or make it again: dvc repro --force --single-item raw, then dvc repro."
 SHARDS = Gate("the list of shards", DataError, RESTORE)
-# ZIP's header before each file, and the entry of each file in the directory at the end (APPNOTE.TXT 4.3.7 and 4.3.12).
+# The ZIP header before each file, and the entry per file in the directory at the end (APPNOTE.TXT 4.3.7 and 4.3.12).
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 _DIRECTORY_ENTRY = struct.Struct("<4s6H3I5H2I")
 _UNIX, _FILE_MODE, _EPOCH = 3, 0o644 << 16, (1980, 1, 1, 0, 0, 0)
@@ -47,7 +47,7 @@ _UNIX, _FILE_MODE, _EPOCH = 3, 0o644 << 16, (1980, 1, 1, 0, 0, 0)
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One picture in a shard: where its header begins, its length and its CRC-32."""
+    """One image in a shard: the offset of its header, its length and its CRC-32."""
 
     shard: Path
     name: str
@@ -59,14 +59,14 @@ class Member:
         return f"{self.shard}:{self.name}"
 
     def read(self) -> bytes:
-        """The bytes of the picture; raises DataError if the shard does not hold what its directory says."""
+        """The bytes of the image; raises DataError if they do not match the shard's directory."""
         name = self.name.encode()
         begin = _LOCAL_HEADER.size + len(name)
         with _open_shard(self.shard) as handle:
             found = os.pread(handle.fileno(), begin + self.n_bytes, self.offset)
         content = found[begin:]
         if found[_LOCAL_HEADER.size : begin] != name or zlib.crc32(content) != self.crc32:
-            raise _damaged(self.shard, f"{self.name} is not what its directory says")
+            raise _damaged(self.shard, f"{self.name} does not match its directory")
         return content
 
 
@@ -76,17 +76,17 @@ ImageStream = BufferedReader | BytesIO
 
 @contextmanager
 def open_source(source: ImageSource) -> Iterator[ImageStream]:
-    """The bytes of a picture, wherever they lie; raises OSError for what is no regular file, DataError as `Member`."""
+    """Open the bytes of an image, wherever they are; raises OSError for a file that is not regular, or DataError."""
     if isinstance(source, Member | EmbeddedPicture):
         yield BytesIO(source.read())
     else:
-        # Pillow gets the handle, not the path: it would map a TIFF into memory, and turn orientations 5 to 8 wrongly.
+        # Pillow gets the handle, not the path: given a path, it memory-maps a TIFF and mishandles orientations 5 to 8.
         with open_regular(source, MAX_FILE_BYTES) as handle:
             yield handle
 
 
 def find_source(root: Path, name: str) -> ImageSource:
-    """The picture of that name below a root: in one of its shards or a parquet file, else the file (maybe missing).
+    """The image with this name below a root: in a shard or a parquet file, otherwise the file (which may be missing).
 
     Raises:
         DataError: the root has shards, and one of them is missing or damaged.
@@ -96,17 +96,17 @@ def find_source(root: Path, name: str) -> ImageSource:
 
 
 def shards_hash(root: Path) -> str:
-    """Hash of a folder's list of shards, which stands for all that is in them; empty for a folder of files."""
+    """Hash of a folder's list of shards, which covers their whole content; empty for a folder of files."""
     index = root / INDEX
     return file_hash(index) if index.is_file() else ""
 
 
 def write_shards(root: Path, pictures: Mapping[str, Iterable[tuple[str, bytes]]]) -> None:
-    """Write the shards of a folder and their list; equal pictures give equal bytes.
+    """Write the shards of a folder and their list; equal images give equal bytes.
 
     Args:
         root: the folder.
-        pictures: beginning of the shards' names -> names, sorted, and contents of the pictures.
+        pictures: prefix of shard names -> names (sorted) and contents of the images.
     """
     shards: dict[str, dict[str, Any]] = {}
     for prefix, named in pictures.items():
@@ -122,7 +122,7 @@ def write_shards(root: Path, pictures: Mapping[str, Iterable[tuple[str, bytes]]]
 
 
 def _write_shard(path: Path, batch: list[tuple[str, bytes]]) -> dict[str, Any]:
-    """The row of the list that describes it."""
+    """Write one shard; returns its row in the list of shards."""
     with replacing(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
         for name, content in batch:
             entry = zipfile.ZipInfo(name, _EPOCH)
@@ -137,7 +137,7 @@ def _write_shard(path: Path, batch: list[tuple[str, bytes]]) -> dict[str, Any]:
 
 @lru_cache(maxsize=64)
 def _members(root: Path) -> Mapping[str, Member]:
-    """Name -> picture, over all shards of a folder; empty for a folder of files. Read once by each process."""
+    """Name -> image, for all shards of a folder; empty for a folder of files. Cached per process."""
     index = root / INDEX
     if not os.path.lexists(index):
         return {}
@@ -154,7 +154,7 @@ def _directory(path: Path, begin: int, digest: str) -> Iterator[Member]:
         handle.seek(begin)
         found = handle.read()
     if hashlib.sha256(found).hexdigest() != digest:
-        raise _damaged(path, "its directory is not the one that the list of shards describes")
+        raise _damaged(path, "its directory does not match the list of shards")
     at = 0
     while found.startswith(b"PK\1\2", at):
         row = _DIRECTORY_ENTRY.unpack_from(found, at)
@@ -170,7 +170,7 @@ def _open_shard(path: Path) -> Iterator[BufferedReader]:
         with open_regular(path, None) as handle:
             yield handle
     except FileNotFoundError as error:
-        raise DataError(f"{path}: no such shard, but {INDEX} beside it lists it. {RESTORE}") from error
+        raise DataError(f"{path}: no such shard, but the {INDEX} next to it lists it. {RESTORE}") from error
     except OSError as error:
         raise _damaged(path, str(error)) from error
 

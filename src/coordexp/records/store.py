@@ -1,7 +1,7 @@
-"""Records in a temporary file: a sequence of them of any length, in the memory of their places.
+"""Records in a temporary file: a sequence of any length; only the offsets are in memory.
 
-To make a record of its text is most of what a pass over millions takes. So what needs only names asks for those, and
-what needs whole records deals them to processes (`map_records`), which read the file of the one that they are forks of.
+Parsing dominates the time of a pass over millions of records. Code that needs only names therefore reads only these,
+and code that needs whole records distributes them to processes (`map_records`), which read the parent's file.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _DECODER = json.JSONDecoder()
 
 
 class RecordStore(Sequence[Record]):
-    """Records in the order in which they were added; up to `BUFFER_BYTES` of them stay in memory."""
+    """Records in insertion order; up to `BUFFER_BYTES` of them stay in memory."""
 
     def __init__(self, records: Iterable[Record] = ()) -> None:
         self._ends = array("Q")
@@ -58,29 +58,29 @@ class RecordStore(Sequence[Record]):
                 self.append(record)
 
     def taken(self, places: Iterable[int]) -> RecordStore:
-        """The records at these places."""
+        """The records at these indices."""
         result = RecordStore()
         for place in places:
             result._append(self._content(place))
         return result
 
     def images(self) -> Iterator[str]:
-        """The name of the image of each record."""
+        """The image name of each record."""
         return (image for image, _ in self.heads())
 
     def heads(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """The name of the image and the metadata of each record."""
+        """The image name and the metadata of each record."""
         for place in range(len(self)):
             text = self._content(place).decode()
-            image, end = _DECODER.raw_decode(text, 1)  # behind the bracket
+            image, end = _DECODER.raw_decode(text, 1)  # after the opening bracket
             yield image, _DECODER.raw_decode(text, end + 1)[0]
 
     def map_records(self, work: Callable[[list[Record]], R], workers: int) -> Iterator[R]:
-        """What `work` makes of batches of the records, in their order; see `map_batches`."""
+        """Apply `work` to batches of the records and yield the results in order; see `map_batches`."""
         return map_batches(lambda places: work([self[i] for i in places]), range(len(self)), workers)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Records on their way from one process to another."""
+        """Support pickling, to send records to another process."""
         return _of_content, (self._ends, bytes(self._read(0, self._ends[-1] if self._ends else 0)))
 
     def __len__(self) -> int:
@@ -102,7 +102,7 @@ class RecordStore(Sequence[Record]):
         return self._read(self._ends[place - 1] if place else 0, self._ends[place])
 
     def _read(self, begin: int, end: int) -> bytes | bytearray:
-        """The bytes from one place to another: of the file, and behind its end of the buffer."""
+        """The bytes between two offsets: from the file and, after its end, from the buffer."""
         n = self._n_written
         if begin >= n or self._file is None:
             return self._buffer[begin - n : end - n]
@@ -128,7 +128,7 @@ def _of_content(ends: array[int], content: bytes) -> RecordStore:
 
 
 def _encoded(record: Record) -> bytes:
-    """All of a record, exactly, where the contract's form rounds; first what `heads` reads."""
+    """The complete record, not rounded as in the contract's JSON form; the parts that `heads` reads come first."""
     objects = [[o.desc, o.bbox_xyxy_px, o.poly_px, o.metadata, o.area_px2] for o in record.objects]
     row = [record.image, record.metadata, record.width, record.height, objects, record.summary]
     return json.dumps(row, separators=(",", ":")).encode()

@@ -1,4 +1,4 @@
-"""Large annotated pictures cut into tiles that a small model can read."""
+"""Cut large annotated images into tiles for a small model."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from coordexp.records.write_back import write_coco
 
 ANNOTATIONS = "annotations/instances_{split}.json"
 
-Tile = tuple[int, int, int, int]  # x1, y1, x2, y2 in pixels of the picture
+Tile = tuple[int, int, int, int]  # x1, y1, x2, y2 in pixels of the image
 
 
 def grid(width: int, height: int, longest_px: int) -> list[list[Tile]]:
-    """Rows of the fewest equal tiles that are at most `longest_px` wide and high.
+    """The minimum number of equal tiles of at most `longest_px` width and height, as rows.
 
-    They cover the picture without overlap; sides differ by at most a pixel.
+    They cover the image without overlap; their sides differ by at most one pixel.
     """
     lefts, tops = _edges(width, longest_px), _edges(height, longest_px)
     return [[(x1, y1, x2, y2) for x1, x2 in pairwise(lefts)] for y1, y2 in pairwise(tops)]
@@ -43,15 +43,15 @@ def write_tiles(
     longest_px: int,
     categories: Sequence[Category],
 ) -> list[Record]:
-    """Write `out/<split>/<picture>-<row>-<column>.png` and `out/annotations/instances_<split>.json`.
+    """Write `out/<split>/<image>-<row>-<column>.png` and `out/annotations/instances_<split>.json`.
 
-    An object that a border cuts is clipped; a tile that holds less than half of it has an ignore region instead.
+    An object at a tile border is clipped; in a tile with less than half of it, it becomes an ignore region.
 
     Args:
-        records: the large pictures, named as below `images`.
+        records: the large images, with names relative to `images`.
 
     Returns:
-        The records of the tiles, row by row, their pictures named as below `out/<split>`.
+        The records of the tiles, row by row, with image names relative to `out/<split>`.
     """
     tiles = [tile for record in records for tile in _tiles(record, images, out / split, longest_px)]
     write_coco(out / ANNOTATIONS.format(split=split), tiles, categories)

@@ -1,7 +1,7 @@
-"""One picture under two names, two ids or in two sets: one record, where the annotations can be those of one picture.
+"""Join records of the same image (under two names, two ids or in two sets) if their annotations are compatible.
 
-Two records of one picture teach, and judge, that what the other one holds is not there. Which pictures are one is told
-by the content of their files.
+With two separate records of one image, training and evaluation would treat the objects of the other record as absent.
+Equal images are recognized by the content of their files.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from coordexp.records.sources.base import Problem
 from coordexp.records.store import RecordStore
 
 Policy = Literal["merge", "first", "file", "keep"]
-SAME_IOU = 0.9  # above, two boxes are one
-OTHER_IOU = 0.5  # below, they are of two objects; between, somebody drew one object twice
-MAX_DOUBTFUL = 0.2  # fraction of the objects of the smaller record that may be in doubt
-_QUESTIONS = ("phrase", "prompt", "repeat")  # several records of one picture are meant
+SAME_IOU = 0.9  # above it, two boxes are the same object
+OTHER_IOU = 0.5  # below it, they are different objects; in between, one object was probably annotated twice
+MAX_DOUBTFUL = 0.2  # maximum fraction of doubtful objects, relative to the smaller record
+_QUESTIONS = ("phrase", "prompt", "repeat")  # keys of records of which one image intentionally has several
 
 
 @dataclass(frozen=True, slots=True)
 class Joined:
-    """Records of which no two are of one picture, what was joined, and what contradicts itself, in words."""
+    """Records without duplicate images, the joined records as problems, and contradictions in words."""
 
     records: RecordStore
     problems: list[Problem] = field(default_factory=list)
@@ -35,13 +35,13 @@ class Joined:
 
 
 def join_same_pictures(records: RecordStore, content: Mapping[str, str], policy: Policy) -> Joined:
-    """Join the records of each picture of a split, in the place of the first one.
+    """Join the records of each image of a split at the position of the first one.
 
     Args:
-        records: of all sets, with settled names. Questions about a picture stay apart.
+        records: records of all sets, with unified names. Records with prompts of their own stay separate.
         content: image -> hash of its file.
-        policy: `merge` joins what agrees, `first` keeps the first record only, `file` joins those of one file, whatever
-            its content, `keep` keeps all.
+        policy: `merge` joins compatible records, `first` keeps only the first record, `file` joins records with the
+            same file name regardless of content, `keep` keeps all.
     """
     if policy == "keep":
         return Joined(records)
@@ -62,7 +62,7 @@ def join_same_pictures(records: RecordStore, content: Mapping[str, str], policy:
         found = content[record.image] if _is_whole(record) else ""
         if found not in repeated:
             kept.append(record)
-        elif found in joined:  # the first of them
+        elif found in joined:  # the first record of its image
             kept.append(joined.pop(found))
     return replace(result, records=kept)
 
@@ -97,7 +97,7 @@ def _key(record: Record) -> str:
 
 
 def _added(known: Sequence[ObjectRecord], others: Sequence[ObjectRecord]) -> tuple[list[ObjectRecord], list[str]]:
-    """The objects of another record that are not known, and, in words, those that can hardly be of one picture."""
+    """The new objects of another record and, in words, those that are hardly compatible with the same image."""
     added: list[ObjectRecord] = []
     doubts: list[str] = []
     if not known:

@@ -1,4 +1,4 @@
-"""Records as data sets that other programs read: COCO instances JSON, and a YOLO folder."""
+"""Write records as data sets for other programs: COCO instances JSON or a YOLO folder."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ YOLO_FILE = "data.yaml"
 
 
 def write_coco(path: Path, records: Sequence[Record], categories: Iterable[Category]) -> None:
-    """COCO instances JSON; image ids are those of the records where each has its own, else 1, 2, ...
+    """Write COCO instances JSON; image ids are those of the records if they are unique, otherwise 1, 2, ...
 
     Raises:
-        DataError: a record shows a part of a picture only, which COCO cannot say.
+        DataError: a record shows only a part of an image, which COCO cannot express.
     """
     numbers = {c.name: c.id for c in categories}
     ids = [r.metadata.get("image_id") for r in records]
@@ -59,13 +59,13 @@ def _annotation(obj: ObjectRecord) -> dict[str, Any]:
 def write_yolo(
     folder: Path, records: Sequence[Record], categories: Iterable[Category], images: Path, split: str
 ) -> int:
-    """A YOLO folder: `labels/<split>`, in `images/<split>` a link to each picture, and `data.yaml`.
+    """Write a YOLO folder: `labels/<split>`, `images/<split>` with a link per image, and `data.yaml`.
 
-    Another split may be added to a folder later, if its names are the same. Returns how many ignore regions are left
-    out, as YOLO has none.
+    Another split with the same names can be added to the folder later. Returns the number of omitted ignore regions,
+    which YOLO cannot express.
 
     Raises:
-        DataError: the folder has other names, or other images of the split; a record shows a part of a picture only.
+        DataError: the folder has other names or other images of this split; a record shows only a part of an image.
     """
     names = [c.name for c in sorted(categories, key=lambda c: c.id)]
     numbers = {name: number for number, name in enumerate(names)}
@@ -86,12 +86,12 @@ def write_yolo(
 
 def _link(link: Path, picture: Path) -> None:
     if not picture.is_file():
-        raise DataError(f"{picture}: no such file; expected the picture of the record (one in a shard has no file).")
+        raise DataError(f"{picture}: no such file; expected the image of the record (an image in a shard has no file).")
     link.parent.mkdir(parents=True, exist_ok=True)
     if not link.is_symlink() and not link.exists():
         link.symlink_to(picture.resolve())
     elif link.resolve() != picture.resolve():
-        raise DataError(f"{link}: is there and is not {picture}; give a new folder.")
+        raise DataError(f"{link}: exists and is not {picture}; expected a new folder.")
 
 
 def _described(folder: Path, names: list[str]) -> dict[str, Any]:
@@ -100,7 +100,7 @@ def _described(folder: Path, names: list[str]) -> dict[str, Any]:
         return {"train": "images/train", "val": "images/val", "names": names}
     described = read_yaml(path, "the data.yaml that another split wrote")
     if described.get("names") != names:
-        raise DataError(f"{path}: has other names than the {len(names)} of this split; give a new folder.")
+        raise DataError(f"{path}: its names differ from the {len(names)} names of this split; expected a new folder.")
     return described
 
 
@@ -112,8 +112,8 @@ def _line(number: int, box: tuple[float, float, float, float], record: Record) -
 
 
 def _whole(record: Record) -> str:
-    """The file of a record's picture."""
+    """The file name of a record's image; raises DataError for a view of it."""
     name, view = split_view(record.image)
     if view is not WHOLE_PICTURE:
-        raise DataError(f"{record.image}: a part of a picture; export records without flip, crop and scale_jitter.")
+        raise DataError(f"{record.image}: only a part of an image; export records without flip, crop and scale_jitter.")
     return name

@@ -1,1 +1,1 @@
-"""Everything between a set of objects and token ids: coordinate vocabulary, prompts, codecs, strict parser."""
+"""From objects to token ids and back: coordinate vocabulary, prompts, codecs, grammar, strict parser."""

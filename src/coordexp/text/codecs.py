@@ -1,7 +1,7 @@
-"""Answer codecs: a set of objects to typed text segments, and segments to token ids.
+"""Answer codecs: from objects to text segments with roles, and from segments to token ids.
 
-A codec turns objects into segments; the encoder tokenises each segment on its own and remembers the role of each
-token. Roles decide which loss a token gets, so they are assigned here, once, and never guessed from ids later.
+A codec turns objects into segments. The encoder tokenizes each segment separately and records the role of each token.
+The role decides which loss a token gets, so roles are assigned once, here, and never inferred from token ids later.
 """
 
 from __future__ import annotations
@@ -25,30 +25,30 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 END_OF_TURN = "<|im_end|>"
-KNOWN_TEXTS = 1 << 16  # names are few; of phrases a data set may hold millions
+KNOWN_TEXTS = 1 << 16  # a bound for the caches: category names are few, but a data set may hold millions of phrases
 
 
 class Role(IntEnum):
-    """What a token of the sequence is for."""
+    """The function of a token in the sequence."""
 
     PROMPT = 0  # never supervised
     STRUCT = 1  # scaffold between objects
     DESC = 2
     COORD = 3  # one of the 1000 coordinate tokens
     NUMBER = 4  # digits of the plain-number codec
-    CLOSE = 5  # the closing scaffold and the end-of-turn token: the decision to stop
+    CLOSE = 5  # closing scaffold and end-of-turn token: the decision to stop
 
 
 @dataclass(frozen=True, slots=True)
 class TextObject:
-    """An object as text sees it: what it is called and its four bins (x1, y1, x2, y2)."""
+    """An object as it is written in text: its description and its four bins (x1, y1, x2, y2)."""
 
     desc: str
     bins: tuple[int, int, int, int]
 
 
 class Segment(NamedTuple):
-    """A run of text with one role; `object_index` is -1 for text that belongs to no object."""
+    """A piece of text with one role; `object_index` is -1 for text that belongs to no object."""
 
     role: Role
     text: str
@@ -56,15 +56,15 @@ class Segment(NamedTuple):
 
 
 class AnswerCodec(Protocol):
-    """How a set of objects is written."""
+    """A text format for a set of objects."""
 
     @property
     def name(self) -> str:
-        """What `text.codec` calls it."""
+        """Its name in the parameter `text.codec`."""
         ...
 
     def segments(self, objects: Sequence[TextObject]) -> list[Segment]:
-        """Segments whose texts, joined, are the whole answer without the end-of-turn token."""
+        """Segments whose concatenated texts are the complete answer without the end-of-turn token."""
         ...
 
 
@@ -79,7 +79,7 @@ def _json_desc(desc: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _JsonLike:
-    """One-line JSON; the two JSON codecs differ in how a coordinate is written."""
+    """One-line JSON; the JSON codecs differ in how they write a coordinate."""
 
     name: str
     quote: str  # around each coordinate
@@ -88,8 +88,8 @@ class _JsonLike:
     def segments(self, objects: Sequence[TextObject]) -> list[Segment]:
         if not objects:
             return [Segment(Role.CLOSE, '{"objects": []}')]
-        # The scaffold between two objects is one segment: `]}, {"desc": "` continues, `]}]}` stops, so the decision to
-        # stop falls on the first token after the last coordinate.
+        # The scaffold between two objects is one segment: `]}, {"desc": "` continues and `]}]}` stops. The decision to
+        # stop therefore falls on one of the first tokens after the last coordinate (`stop_position`).
         opening, following = '{"objects": [{"desc": "', f'{self.quote}]}}, {{"desc": "'
         middle, between = f'", "bbox_2d": [{self.quote}', f"{self.quote}, {self.quote}"
         struct, role = Role.STRUCT, self.role
@@ -106,7 +106,7 @@ class _JsonLike:
 
 @dataclass(frozen=True, slots=True)
 class _Tags:
-    """The tokenizer's own grounding markers: `<|object_ref_start|>desc<|object_ref_end|><|box_start|>..<|box_end|>`."""
+    """Qwen's own grounding tokens: `<|object_ref_start|>desc<|object_ref_end|><|box_start|>..<|box_end|>`."""
 
     name: str
     role: Role
@@ -135,8 +135,8 @@ CODECS: dict[str, AnswerCodec] = {
     "digits": _JsonLike("digits", "", Role.NUMBER),
     "tags": _Tags("tags", Role.COORD),
 }
-# The scaffolds of `json` and `tags` around plain numbers. Only pretraining writes them, so that the embedded base model
-# has seen every scaffold token before coordinate tokens come, as Qwen3-VL has.
+# The scaffolds of `json` and `tags` with plain numbers. Only the pretraining of the embedded base model uses them, so
+# that it has seen every scaffold token before coordinate tokens are added, as Qwen3-VL has.
 NUMBER_FORMATS: dict[str, AnswerCodec] = {
     "detect": CODECS["digits"],
     "detect_quoted": _JsonLike("digits_quoted", '"', Role.NUMBER),
@@ -145,7 +145,7 @@ NUMBER_FORMATS: dict[str, AnswerCodec] = {
 
 
 def get_codec(name: str) -> AnswerCodec:
-    """The codec of that name; raises ConfigError listing the valid names."""
+    """The codec with this name; raises ConfigError with the valid names."""
     if name not in CODECS:
         raise ConfigError(f"text.codec is {name!r}, expected one of {sorted(CODECS)}.")
     return CODECS[name]
@@ -158,7 +158,7 @@ def render(codec: AnswerCodec, objects: Sequence[TextObject]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class EncodedAnswer:
-    """Token ids of an answer with its end-of-turn token, and per token its role and object (-1: none)."""
+    """Token ids of an answer including its end-of-turn token, and the role and object (-1: none) of each token."""
 
     ids: NDArray[np.int32]
     roles: NDArray[np.uint8]
@@ -167,7 +167,7 @@ class EncodedAnswer:
 
 @dataclass(frozen=True, slots=True)
 class _Block:
-    """The tokens of an object of some name, whose four coordinates are one token each, at `coord_places`."""
+    """The tokens of an object with a given description; its four coordinate tokens are at `coord_places`."""
 
     ids: list[int]
     roles: bytes
@@ -175,9 +175,9 @@ class _Block:
 
 
 class AnswerEncoder:
-    """Tokenises segments one by one. Repeated texts (scaffold, names) are tokenised once and cached.
+    """Tokenizes segments one by one. Repeated texts (scaffold, descriptions) are tokenized once and cached.
 
-    So are whole objects by name, where coordinates are tokens: then an object is a copy with four ids put in.
+    With coordinate tokens, whole objects are cached by description: encoding one copies the block and sets four ids.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, codec: AnswerCodec) -> None:
@@ -188,11 +188,13 @@ class AnswerEncoder:
         self._block = lru_cache(maxsize=KNOWN_TEXTS)(self._make_block)
 
     def _tokenise(self, text: str, is_data: bool) -> list[int]:
-        # A description is data: markers inside it are spelled out, they never become special tokens.
+        # A description is data: special tokens spelled in it are split into ordinary tokens (no prompt injection).
         return self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=is_data)
 
     def encode_segments(self, segments: Sequence[Segment], end: bool = True) -> EncodedAnswer:
         """Encode segments in order; `end` appends the end-of-turn token with role CLOSE."""
+        # Tokenizing each segment separately forbids tokens that span two roles, and makes the ids of a piece
+        # independent of its neighbors. They may differ from the tokens of the joined text, but decode to the same text.
         pieces = [self._ids(segment.text, segment.role is Role.DESC) for segment in segments]
         roles, owners = [segment.role for segment in segments], [segment.object_index for segment in segments]
         if end:
@@ -207,7 +209,7 @@ class AnswerEncoder:
         )
 
     def encode(self, objects: Sequence[TextObject]) -> EncodedAnswer:
-        """Encode a whole answer."""
+        """Encode a complete answer."""
         blocks = [self._block(obj.desc, i == 0) for i, obj in enumerate(objects)]
         known = [block for block in blocks if block]
         if not known or len(known) < len(blocks):
@@ -223,19 +225,19 @@ class AnswerEncoder:
         lengths = [*(len(block.ids) for block in known), len(close.ids)]
         return EncodedAnswer(
             np.array(ids + close.ids.tolist(), np.int32),
-            np.frombuffer(bytearray(roles), np.uint8),  # of bytes it could not be written to
+            np.frombuffer(bytearray(roles), np.uint8),  # an array over bytes would be read-only
             np.repeat(np.array([*range(len(known)), -1], np.int16), lengths),
         )
 
     def _make_block(self, desc: str, is_first: bool) -> _Block | None:
-        """None where a coordinate is written with digits, as many as it has."""
+        """The block of a description; None if coordinates are digits, whose number varies."""
         two = self.codec.segments([TextObject(desc, (0, 0, 0, 0))] * 2)
         encoded = self.encode_segments([s for s in two if s.object_index == (0 if is_first else 1)], end=False)
         places = tuple(np.flatnonzero(encoded.roles == Role.COORD).tolist())
         return _Block(encoded.ids.tolist(), encoded.roles.tobytes(), places) if len(places) == 4 else None
 
     def stop_position(self, answer: EncodedAnswer) -> int:
-        """The token of a complete answer by which it stops: the first that differs from those of a further object."""
+        """Position of the stop decision in a complete answer: its first token that differs from one more object."""
         n_objects = int(answer.object_index.max(initial=-1)) + 1
         start = int(np.flatnonzero(answer.roles == Role.CLOSE)[0])
         further = self._openings[min(n_objects, 1)]
@@ -245,7 +247,7 @@ class AnswerEncoder:
 
     @cached_property
     def _openings(self) -> list[NDArray[np.int32]]:
-        """Tokens before the name of a first object, and of a later one."""
+        """Tokens before the description of the first object, and before that of a later object."""
         two = self.codec.segments([TextObject("", (0, 0, 0, 0))] * 2)
         struct = [[s for s in two if s.object_index == i and s.role is Role.STRUCT][:1] for i in (0, 1)]
         return [self.encode_segments(segments, end=False).ids for segments in struct]
@@ -257,6 +259,6 @@ class AnswerEncoder:
 
     @cached_property
     def _close(self) -> EncodedAnswer:
-        """What follows the last object."""
+        """The tokens after the last object."""
         one = self.codec.segments([TextObject("", (0, 0, 0, 0))])
         return self.encode_segments([s for s in one if s.object_index < 0])

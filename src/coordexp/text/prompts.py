@@ -1,7 +1,7 @@
-"""Prompts: one place for the words, rendered through the tokenizer's own chat template.
+"""Prompts: all wordings in one module, rendered with the tokenizer's own chat template.
 
-A prompt holds one image. `prompt_ids` keeps a single image placeholder, which a sample repeats to the number of visual
-tokens of the picture (`packing/samples.py:Sample`), so that the words are tokenised once for a whole data set.
+A prompt contains one image. `prompt_ids` has a single image placeholder, which a sample repeats once per visual token
+of its image (`packing/samples.py:Sample`), so that the text is tokenized once for a whole data set.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ TASKS: dict[str, str] = {
     "nouns": "Detect every object. Nouns only.",
     "colors": "Detect every object. Colors only.",
 }
-# Other formats of an answer of detection (text.codecs.NUMBER_FORMATS), asked for in pretraining the base model only.
+# Other answer formats (text.codecs.NUMBER_FORMATS), which are used only to pretrain the embedded base model.
 FORMAT_SUFFIXES: dict[str, str] = {"detect": "", "detect_quoted": " Quote numbers.", "detect_tags": " Use tags."}
-# Wordings of the questions that records carry in `metadata.prompt`; the first of each is that of dev and val. `closed`
-# gives a data set's whole list of names, `listed` some of them, present or not.
+# Wordings of the prompts that records specify in `metadata.prompt`; dev and val use the first of each. `closed` lists
+# all category names of a data set, `listed` some of them, present in the image or not.
 WORDINGS: dict[str, tuple[str, ...]] = {
     "open": (
         TASKS["detect"],
@@ -53,22 +53,22 @@ _PLACE = "coordexp question"
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, task: str = "detect") -> NDArray[np.int32]:
-    """Token ids of the prompt up to where the answer starts, with one image placeholder."""
+    """Token ids of the prompt up to the start of the answer, with one image placeholder."""
     text = _rendered(tokenizer, TASKS.get(task) or TASKS["detect"] + FORMAT_SUFFIXES[task])
     return np.array(tokenizer.encode(text, add_special_tokens=False), np.int32)
 
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, words: str) -> str:
-    """One user turn with an image and words, and the opening of the answer, by the tokenizer's own template."""
+    """One user turn with an image and text, and the opening of the answer, in the tokenizer's own chat template."""
     messages: list[dict[str, Any]] = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": words}]}]
     return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
 
 
 def question(prompt: dict[str, Any]) -> str:
-    """The words of a record's `metadata.prompt`: {"kind", "style" (number of the wording), "names" (where it has any)}.
+    """The text of a record's `metadata.prompt`: {"kind", "style" (index of the wording), "names" (if it lists any)}.
 
     Raises:
-        DataError: the kind is unknown, or a question about names has none.
+        DataError: the kind is unknown, or a prompt that must list names has none.
     """
     kind, names = prompt.get("kind"), prompt.get("names", [])
     if kind not in WORDINGS:
@@ -80,14 +80,14 @@ def question(prompt: dict[str, Any]) -> str:
 
 
 def asked_names(prompt: dict[str, Any] | None) -> frozenset[str] | None:
-    """The names that an answer may hold, or None where everything is asked for."""
+    """The category names that an answer may contain; None if the prompt asks for all objects."""
     return None if prompt is None or prompt["kind"] == "open" else frozenset(prompt["names"])
 
 
 def question_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> NDArray[np.int32]:
-    """As `prompt_ids`, for any words. They are data: a chat marker or coordinate token inside is spelled out.
+    """As `prompt_ids`, for any text. The text is data: a chat marker or coordinate token in it is split into text.
 
-    The words stand between two special tokens, so encoding them on their own changes no other token.
+    The text is between two special tokens, so encoding it separately changes no other token.
     """
     before, after = _around(tokenizer)
     ids = [*before, *tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True), *after]
@@ -95,13 +95,13 @@ def question_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> NDArray[np.in
 
 
 def question_text(tokenizer: PreTrainedTokenizerBase, ids: NDArray[np.int32]) -> str:
-    """The words of a prompt that `prompt_ids` or `question_ids` made, for a server that renders them itself."""
+    """The text of a prompt from `prompt_ids` or `question_ids`, for a server that renders the prompt itself."""
     before, after = _around(tokenizer)
     words = ids.tolist()[len(before) : len(ids) - len(after)]
     return str(tokenizer.decode(words, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
 def _around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """Token ids of a prompt before its words and after them."""
+    """Token ids of a prompt before and after its text."""
     before, after = _rendered(tokenizer, _PLACE).split(_PLACE)
     return tokenizer.encode(before, add_special_tokens=False), tokenizer.encode(after, add_special_tokens=False)

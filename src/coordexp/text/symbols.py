@@ -1,8 +1,8 @@
-"""Token ids as a string of symbols: what the strict parser reads instead of decoded text.
+"""Token ids as a string of symbols: the input of the strict parser, instead of decoded text.
 
 Every coordinate token becomes one private-use character, U+E000 + bin, and every special token one reserved character
-above those. Text tokens give their UTF-8 text. So a parser finds coordinates by walking token ids: text that merely
-spells `<|coord_5|>` stays ten ordinary characters, and each character knows the token it came from.
+above those. Text tokens become their UTF-8 text. The parser therefore recognizes coordinates by token id: text that
+merely spells `<|coord_5|>` stays a run of ordinary characters. Each character maps to the token it came from.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
     from coordexp.text.vocabulary import CoordVocabulary
 
-# The private-use area of the Basic Multilingual Plane. In text it is replaced, so that nothing can pose as a token.
+# The private-use area of the Basic Multilingual Plane. In generated text it is replaced, so that no text can imitate a
+# token.
 PRIVATE_FIRST, PRIVATE_LAST = 0xE000, 0xF8FF
 FIRST_COORD = PRIVATE_FIRST
 REF_START, REF_END, BOX_START, BOX_END, END, OTHER = map(chr, range(FIRST_COORD + NUM_BINS, FIRST_COORD + NUM_BINS + 6))
@@ -45,7 +46,10 @@ _SIZE_BASE = 0xDC00
 
 
 def _replace_keeping_size(error: UnicodeError) -> tuple[str, int]:
-    """As errors='replace', but each replacement says how many bytes it stands for (a surrogate no UTF-8 can hold)."""
+    """As errors='replace', but each replacement encodes the number of bytes it replaces.
+
+    The replacement is a surrogate, which cannot occur in valid UTF-8, so it is never confused with text.
+    """
     assert isinstance(error, UnicodeDecodeError)
     return chr(_SIZE_BASE + error.end - error.start), error.end
 
@@ -55,23 +59,23 @@ codecs.register_error(_SIZED_REPLACE, _replace_keeping_size)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SymbolText:
-    """Symbols of an answer, and for each character the index of the token that its first byte came from."""
+    """Symbols of an answer, and for each character the index of the token with its first byte."""
 
     text: str
     token_of: list[int]
 
     def token_span(self, start: int, end: int) -> tuple[int, int]:
-        """Token range [first, last + 1) that holds the characters start..end-1; the range must not be empty."""
+        """Token range [first, last + 1) of the characters start..end-1; the range must not be empty."""
         return self.token_of[start], self.token_of[end - 1] + 1
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TokenTable:
-    """For each token id its bytes, and whether they are a reserved character rather than text.
+    """For each token id, its bytes and whether they are a reserved character instead of text.
 
-    `texts` are the symbols of a token wherever it stands, None where its neighbours decide (a part of a character) or
-    where it holds a character that could pose as a token. The last entry of each stands for every id that the tokenizer
-    does not know.
+    `texts` has the symbols of each token that do not depend on its context. It is None for a token with a part of a
+    character, which its neighbors complete, or with a character that imitates a token. The last entry of each field is
+    used for every id that the tokenizer does not know.
     """
 
     pieces: tuple[bytes, ...]
@@ -80,7 +84,7 @@ class TokenTable:
 
     @classmethod
     def build(cls, pieces: Sequence[bytes | str]) -> TokenTable:
-        """Make a table from one piece per id: bytes are text, a str is a reserved character."""
+        """Build a table from one piece per id: bytes are text, a str is a reserved character."""
         closed = [*pieces, OTHER]
         encoded = tuple(piece.encode() if isinstance(piece, str) else piece for piece in closed)
         texts = tuple(piece if isinstance(piece, str) else _symbols_alone(piece) for piece in closed)
@@ -88,10 +92,10 @@ class TokenTable:
 
     @classmethod
     def from_tokenizer(cls, tokenizer: PreTrainedTokenizerBase, coord: CoordVocabulary | None) -> TokenTable:
-        """Read a byte-level BPE tokenizer once; `coord` is None for a model that knows no coordinate token.
+        """Read a byte-level BPE tokenizer; `coord` is None for a model without coordinate tokens.
 
         Raises:
-            CheckpointError: if a token is not written in the byte-level alphabet.
+            CheckpointError: a token is not written in the byte-level alphabet.
         """
         vocabulary = tokenizer.get_vocab()
         added = tokenizer.added_tokens_decoder
@@ -110,7 +114,7 @@ class TokenTable:
         return cls.build(pieces)
 
     def symbols(self, token_ids: Sequence[int] | NDArray[np.integer]) -> SymbolText:
-        """Turn generated ids into symbols. Any ids are accepted; ids outside the table become a reserved character."""
+        """Turn generated ids into symbols; ids outside the table become a reserved character."""
         ids = np.asarray(token_ids, dtype=np.int64).reshape(-1)
         unknown = len(self.pieces) - 1
         if len(ids) and not 0 <= ids.min() <= ids.max() < unknown:
@@ -122,7 +126,7 @@ class TokenTable:
         return SymbolText("".join(whole), np.repeat(np.arange(len(ids)), list(map(len, whole))).tolist())
 
     def _symbols_of_bytes(self, ids: NDArray[np.int64]) -> SymbolText:
-        """The same where characters are spread over tokens, broken, or forged."""
+        """`symbols` for the rare case of characters that are split over tokens, invalid, or forged."""
         pieces = [self.pieces[i] for i in ids.tolist()]
         token_of_byte = np.repeat(np.arange(len(ids)), np.fromiter(map(len, pieces), np.int64, len(pieces)))
         # Reserved characters begin with a UTF-8 lead byte, so one decode of all bytes equals decoding run by run.
@@ -147,7 +151,7 @@ def _symbols_alone(piece: bytes) -> str | None:
 
 
 def _byte_of_char() -> dict[str, int]:
-    """The byte-level alphabet of GPT-2 (Radford et al. 2019): printable Latin-1 is itself, the rest is shifted."""
+    """The byte-level alphabet of GPT-2 (Radford et al. 2019): printable Latin-1 stays, other bytes are shifted."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     shifted = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(shifted)}
@@ -158,6 +162,6 @@ def _token_bytes(token: str, byte_of: dict[str, int], where: str) -> bytes:
         return bytes([byte_of[char] for char in token])
     except KeyError as error:
         raise CheckpointError(
-            f"tokenizer {where!r}: token {token!r} holds {error.args[0]!r}, which is not in the byte-level alphabet. "
-            "Expected a byte-level BPE tokenizer, as Qwen's; other kinds cannot be parsed token by token."
+            f"tokenizer {where!r}: token {token!r} has {error.args[0]!r}, which is not in the byte-level alphabet. "
+            "Expected a byte-level BPE tokenizer, such as Qwen's; other kinds cannot be parsed token by token."
         ) from error

@@ -1,7 +1,7 @@
-"""The coordinate vocabulary: the contract file for token ranges.
+"""The coordinate vocabulary: this module defines the token range.
 
-K = 1000 special tokens `<|coord_0|>` .. `<|coord_999|>` with consecutive ids, so that the coordinate slice of a logits
-row is `logits[first_coord_id : first_coord_id + 1000]`.
+K = 1000 special tokens `<|coord_0|>` .. `<|coord_999|>` have consecutive ids, so that the coordinate part of a logits
+vector is `logits[first_id : first_id + 1000]`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class CoordVocabulary:
-    """Where the coordinate tokens sit: ids `first_id` .. `first_id + 999`."""
+    """The ids of the coordinate tokens: `first_id` .. `first_id + 999`."""
 
     first_id: int
     count: Literal[1000] = 1000
@@ -29,7 +29,7 @@ class CoordVocabulary:
         return self.first_id + NUM_BINS
 
     def bin_of(self, token_id: int) -> int | None:
-        """Bin of a token id, or None if it is no coordinate token."""
+        """Bin of a token id, or None if it is not a coordinate token."""
         offset = token_id - self.first_id
         return offset if 0 <= offset < NUM_BINS else None
 
@@ -53,12 +53,12 @@ class CoordVocabulary:
 
 
 def has_coord_tokens(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """True if the tokenizer knows `<|coord_0|>` (then it must know all of them: see `from_tokenizer`)."""
+    """Whether the tokenizer has `<|coord_0|>`; then it must have all of them (see `from_tokenizer`)."""
     return COORD_TOKENS[0] in tokenizer.get_vocab()
 
 
 def token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
-    """Id of one token of the vocabulary; raises CheckpointError if the tokenizer does not know it."""
+    """Id of one token; raises CheckpointError if the tokenizer does not have it."""
     if token not in (known := tokenizer.get_vocab()):
         raise CheckpointError(
             f"tokenizer {tokenizer.name_or_path!r}: has no token {token!r}. Expected a Qwen3-VL tokenizer with its "

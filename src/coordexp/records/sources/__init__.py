@@ -1,1 +1,1 @@
-"""Readers of annotation formats; each yields contract records and counts what it dropped, with a reason."""
+"""Readers of annotation formats; each yields records and counts what it drops by reason."""

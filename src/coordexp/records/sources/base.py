@@ -1,6 +1,6 @@
-"""What every source format becomes first: images with annotations as the file gives them, nothing checked yet.
+"""The common form of all source formats: images with their annotations as in the file, not yet checked.
 
-A reader only knows its format. What may be kept is decided once, for all formats, in `records.policy`.
+A reader handles only its format. `records.policy` decides for all formats what to keep.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from coordexp.records.images import unsafe_name
 from coordexp.records.schema import is_area_px2
 from coordexp.records.shards import find_source
 
-# float() would take "nan", "inf" and "1_0" as well.
+# float() would also accept "nan", "inf" and "1_0".
 _PERCENT = re.compile(r"(?:%[0-9A-Fa-f]{2})+")
 _PLAIN_NUMBER = re.compile(r"\s*[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?\s*")
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Something that was not kept: why, in which file, under which id there."""
+    """A dropped item: the reason, the file, and its id in the file."""
 
     reason: str
     file: str
@@ -39,43 +39,43 @@ class Problem:
 
     def __str__(self) -> str:
         text = f"{self.file}: {self.key}: {self.reason}" + (f" ({self.detail})" if self.detail else "")
-        return text.encode("utf-8", "backslashreplace").decode()  # JSON can hold half characters
+        return text.encode("utf-8", "backslashreplace").decode()  # JSON can contain unpaired surrogates
 
 
 @dataclass(frozen=True, slots=True)
 class SourceObject:
-    """One annotation. `box_xyxy` is None where the file holds nothing of that form."""
+    """One annotation. `box_xyxy` is None if the file has no valid box."""
 
     desc: Any
-    box_xyxy: Box | None  # in pixels, or in parts of a side, see `side_units`
+    box_xyxy: Box | None  # in pixels, or relative to the image side, see `side_units`
     key: str  # its id in the file, for messages
-    iscrowd: bool | None = False  # a crowd, or what the source calls difficult; None: the file says neither yes nor no
-    truncated: bool = False  # the source says that the object goes on outside the image or behind another
+    iscrowd: bool | None = False  # a crowd region or difficult object; None: the value in the file is invalid
+    truncated: bool = False  # the source marks it as extending outside the image or behind another object
     rings: tuple[tuple[float, ...], ...] = ()  # polygons [x1, y1, x2, y2, ...]
-    side_units: float | None = None  # how long a side of the picture is: 1 in fractions, 1000 in thousandths; None: px
-    has_size: bool = False  # the file has x, y, width, height; else corners, a center or an outline
-    counts_from: int = 0  # what the format calls the first pixel; the box is already counted from 0
-    category_id: int | None = None  # of the file; None where it has only names
-    problem: str = ""  # why it cannot be kept, where the reader knows that already
-    found: str = ""  # what stands in the file where something of this is not understood, for messages
-    area_px2: Any = None  # of its mask; None where the file says nothing
+    side_units: float | None = None  # length of an image side: 1 for fractions, 1000 for thousandths; None: pixels
+    has_size: bool = False  # the file has x, y, width, height; otherwise corners, a center or an outline
+    counts_from: int = 0  # index of the first pixel in the format; the box is already counted from 0
+    category_id: int | None = None  # in the file; None if it has only names
+    problem: str = ""  # the drop reason, if the reader knows it already
+    found: str = ""  # the content of the file if it is invalid, for messages
+    area_px2: Any = None  # of its mask; None if not in the file
     metadata: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class SourceImage:
-    """One image, or one question about an image, with its annotations."""
+    """One image, or one prompt for an image, with its annotations."""
 
     file_name: Any  # relative to the root of the set
     key: str
-    image_id: int | None  # the source's number; None where it has none, or where one image gives several records
-    width: Any  # as annotated; None where the format has no size
+    image_id: int | None  # number in the source; None if there is none, or if one image yields several records
+    width: Any  # as annotated; None if the format has no size
     height: Any
     objects: tuple[SourceObject, ...]
     file: str  # the annotation file, for messages
     metadata: dict[str, Any] = field(default_factory=dict)
-    problem: str = ""  # why its objects are not known: the record cannot be used
-    detail: str = ""  # of that
+    problem: str = ""  # the reason why its objects are unknown, which makes the record unusable
+    detail: str = ""  # of the problem
 
 
 Parsed = SourceImage | Problem | None
@@ -87,15 +87,15 @@ def _itself(entry: Any) -> Parsed:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What a reader found.
+    """The result of a reader.
 
     Attributes:
-        entries: what the annotations hold of each image, as far as it takes one process to find: files and pieces of
-            text, or whole images. A file is read from front to back, so these are iterated once.
-        categories: those that the annotations declare.
-        problems: of the annotations as a whole; complete once `entries` was iterated to its end.
-        parse: what an entry comes to: an image, why it is none, or nothing where it belongs elsewhere. Here goes most
-            of the time, so that several processes may do it, each with some of the entries.
+        entries: one entry per image, in the form that is cheap to produce: a file, a piece of text, or a whole image. A
+            file is read sequentially, so they can be iterated only once.
+        categories: the categories that the annotations declare.
+        problems: of the annotations as a whole; complete after `entries` is exhausted.
+        parse: turns an entry into an image, a problem, or None if it belongs to another split. It takes most of the
+            time, so several processes may share the entries.
     """
 
     entries: Iterable[Any]
@@ -105,7 +105,7 @@ class Reading:
 
     @property
     def images(self) -> Iterator[SourceImage]:
-        """Every image; what is none joins `problems`."""
+        """Every image; entries that are not images are added to `problems`."""
         for entry in self.entries:
             found = self.parse(entry)
             if isinstance(found, SourceImage):
@@ -114,7 +114,7 @@ class Reading:
                 self.problems.append(found)
 
     def with_boxes(self, form: BoxForm) -> Reading:
-        """The same, with the numbers of boxes read in another form than the format says."""
+        """The same reading, with box numbers interpreted in another form than that of the format."""
         if form == "format":
             return self
 
@@ -127,12 +127,12 @@ class Reading:
         return replace(self, parse=parse)
 
     def loaded(self) -> tuple[Reading, set[str]]:
-        """The same with all images in memory, and the names of their files."""
+        """The same reading with all images in memory, and the names of their files."""
         images = list(self.images)
         return Reading(images, self.categories, self.problems), {str(image.file_name) for image in images}
 
     def image_names(self, workers: int) -> set[str]:
-        """The files that the annotations name, found by so many processes."""
+        """The image files in the annotations, collected by this number of processes."""
 
         def of_batch(entries: list[Any]) -> set[str]:
             return {str(image.file_name) for image in replace(self, entries=entries).images}
@@ -158,9 +158,9 @@ def _with_box(obj: SourceObject, form: BoxForm) -> SourceObject:
 
 @dataclass(frozen=True, slots=True)
 class SplitFiles:
-    """Where one split of a set lies. `annotations` and `images` are relative to `root`; `split` is "train" or "val".
+    """The location of one split. `annotations` and `images` are relative to `root`; `split` is "train" or "val".
 
-    Without `polygons` a reader may leave them out: in COCO's file they are most of the bytes.
+    Without `polygons`, a reader may skip them: in a COCO file they are most of the bytes.
     """
 
     root: Path
@@ -175,17 +175,18 @@ class SplitFiles:
         return self.root / self.annotations
 
     def image_name(self, name: object) -> object:
-        """A file name relative to the image folder, made relative to the root; other values stay as they are."""
+        """Make a file name that is relative to the image folder relative to the root; other values are unchanged."""
         if not isinstance(name, str) or self.images in ("", "."):
             return name
         return f"{self.images.rstrip('/')}/{name}"
 
 
 class ImageNames:
-    """Finds the pictures of a split by the names that annotations give them.
+    """Finds the images of a split from their names in annotations.
 
-    Programs write names that are not those of files: with backslashes or percent signs, with folders of another
-    machine, with accents in another form, with another suffix. Such a name means the one file that it can mean.
+    Some programs write names that differ from the file names: with backslashes or percent-encoding, with folders of
+    another machine, with accents in another Unicode form, or with another suffix. Such a name is resolved if exactly
+    one file matches.
     """
 
     def __init__(self, files: SplitFiles) -> None:
@@ -193,11 +194,11 @@ class ImageNames:
         self._stems: dict[str, dict[str, str]] = {}  # folder -> stem -> name, both relative to the root
 
     def find(self, name: object) -> object:
-        """The name relative to the root of the set; as `SplitFiles.image_name` where no file, or several, are meant."""
+        """The file name relative to the root of the set; as `SplitFiles.image_name` if no file or several match."""
         plain = self.files.image_name(name)
         if not isinstance(name, str) or not isinstance(plain, str) or self.exists(plain):
             return plain
-        if ".." in name.replace("\\", "/").split("/"):  # leaves the image folder, whatever it means
+        if ".." in name.replace("\\", "/").split("/"):  # leaves the image folder
             return plain
         candidates = [self.files.image_name(c) for c in dict.fromkeys(self._other_spellings(name))]
         named = (str(c) for c in candidates if self.exists(str(c)))
@@ -205,7 +206,7 @@ class ImageNames:
         return next(named, None) or next(stems, plain)
 
     def of_stem(self, name: str) -> str | None:
-        """The one picture of that name, whatever its suffix; both relative to the root."""
+        """The single image with this name and any suffix; both relative to the root."""
         if unsafe_name(name):
             return None
         folder, _, stem = name.rpartition("/")
@@ -217,16 +218,16 @@ class ImageNames:
         return self._stems[folder].get(_plain(stem)) or None
 
     def all(self) -> list[str]:
-        """Every picture below the image folder, relative to the root, sorted."""
+        """All images in the image folder, relative to the root, sorted."""
         found = (p for p in files_below(self.files.root / self.files.images) if p.suffix.lower() in IMAGE_SUFFIXES)
         return sorted(p.relative_to(self.files.root).as_posix() for p in found)
 
     def exists(self, name: str) -> bool:
-        """Whether there is something of that name, relative to the root."""
+        """Whether this name, relative to the root, exists."""
         if unsafe_name(name):
             return False
         source = find_source(self.files.root, name)
-        return not isinstance(source, Path) or os.path.exists(source)  # no file either if it cannot be one
+        return not isinstance(source, Path) or os.path.exists(source)  # also False for an impossible path
 
     def _other_spellings(self, name: str) -> Iterator[str]:
         slashed = name.replace("\\", "/")
@@ -236,13 +237,13 @@ class ImageNames:
             for form in ("NFC", "NFD"):
                 parts = [part for part in unicodedata.normalize(form, text).split("/") if part not in ("", ".", "..")]
                 for i in range(len(parts)):
-                    # Without the folders of another machine, or those that the image folder names already.
+                    # Without folders of another machine, or folders that the image folder already includes.
                     if i == 0 or is_absolute or parts[i - 1] == folder:
                         yield "/".join(parts[i:])
 
 
 def _decoded(found: re.Match[str]) -> str:
-    """Percent signs and hexadecimal digits as the characters that they stand for in an address."""
+    """Decode percent-encoded characters."""
     return bytes.fromhex(found[0].replace("%", "")).decode("utf-8", errors="replace")
 
 
@@ -251,7 +252,7 @@ def _plain(name: str) -> str:
 
 
 def _unique(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """Key -> value, empty for the keys that stand for several values."""
+    """Key -> value; empty for keys with several values."""
     found: dict[str, str] = {}
     for key, value in pairs:
         found[key] = value if found.get(key, value) == value else ""
@@ -262,7 +263,7 @@ class Reader(Protocol):
     """Reads one split of one format.
 
     Raises:
-        DataError: the file is missing or is not of this format at all; single broken entries are problems instead.
+        DataError: the file is missing or does not have this format; single invalid entries become problems instead.
     """
 
     def __call__(self, files: SplitFiles) -> Reading:
@@ -271,7 +272,7 @@ class Reader(Protocol):
 
 
 def corners_of_xywh(values: Any) -> Box | None:
-    """[x, y, width, height] as corners, or None if it is not four finite numbers, which may be written as text."""
+    """[x, y, width, height] as corners; None unless it is four finite numbers, possibly written as text."""
     if (box := corners(values)) is None:
         return None
     x, y, w, h = box
@@ -279,7 +280,7 @@ def corners_of_xywh(values: Any) -> Box | None:
 
 
 def corners(values: Any) -> Box | None:
-    """[x1, y1, x2, y2] checked for four finite numbers, which may be written as text."""
+    """[x1, y1, x2, y2]; None unless it is four finite numbers, possibly written as text."""
     if not isinstance(values, list | tuple) or len(values) != 4:
         return None
     if not all(map(is_finite, values)):
@@ -296,32 +297,32 @@ def around(points: Sequence[float]) -> Box:
 
 
 def is_finite(value: Any) -> bool:
-    """A finite number; true and false are none."""
-    # A tuple: `int | float` would be built for each of a file's million numbers.
+    """Whether a value is a finite number; true and false are not."""
+    # A tuple, because `int | float` would be built again for each of a million numbers.
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def as_area_px2(value: Any) -> float | None:
-    """An annotated area, also one written as text; None if it cannot be the area of an object."""
+    """An annotated area, possibly written as text; None if it cannot be the area of an object."""
     number = as_number(value)
     return number if number is not None and is_area_px2(number) else None
 
 
 def is_whole(value: Any) -> bool:
-    """A whole number, also one that a table program wrote as 3.0."""
+    """Whether a value is an integer, including 3.0 as spreadsheets write it."""
     return is_finite(value) and float(value).is_integer()
 
 
 def as_number(value: Any) -> float | None:
-    """A finite number, also one written as text; None for anything else."""
+    """A finite number, possibly written as text; None for anything else."""
     if isinstance(value, str) and _PLAIN_NUMBER.fullmatch(value):
         value = float(value)
     return float(value) if is_finite(value) else None
 
 
 def as_whole(value: Any) -> int | None:
-    """A whole number such as an id, also one written as 3.0 or as text; None for anything else."""
-    if type(value) is int:  # nearly always: files hold a million of them
+    """An integer such as an id, possibly written as 3.0 or as text; None for anything else."""
+    if type(value) is int:  # the common case: files have millions of ids
         return value
     number = as_number(value)
     return int(number) if number is not None and number.is_integer() else None

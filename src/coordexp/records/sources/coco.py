@@ -1,11 +1,11 @@
-"""COCO instances JSON, what LVIS shares with it, and Objects365.
+"""COCO instances JSON, the parts that LVIS shares with it, and Objects365.
 
-The file is read piece by piece and its annotations are brought together by image in bounded memory, so that 25 million
-boxes need no more than their images do.
+The file is read in pieces, and its annotations are grouped by image in bounded memory, so that memory depends on the
+number of images, not on that of boxes (25 million in Objects365).
 
-Objects365 v2 has file names that are not where the downloaded patches unpack to: `zhiyuan_objv2_train.json` says
-`images/v1/patch8/objects365_v1_00420917.jpg`, the archive `patch8.tar.gz` unpacks to
-`patch8/objects365_v1_00420917.jpg`. So the last two parts of the name count, below the image folder of the set.
+File names in Objects365 v2 differ from the unpacked archives: `zhiyuan_objv2_train.json` has
+`images/v1/patch8/objects365_v1_00420917.jpg`, but the archive `patch8.tar.gz` unpacks to
+`patch8/objects365_v1_00420917.jpg`. So only the last two parts of the name are used, below the image folder of the set.
 """
 
 from __future__ import annotations
@@ -43,17 +43,17 @@ from coordexp.records.sources.json_stream import LIST, stream_json
 
 LAYOUT = "COCO's instances layout"
 SECTIONS = ("images", "annotations", "categories")
-# What of an image is read, and of an annotation; all else would only fill the memory.
+# The keys to read of images and annotations; others would only use memory.
 _IMAGE_KEYS = ("coco_url", "neg_category_ids", "not_exhaustive_category_ids", "caption")
 _ANNOTATION_KEYS = ("id", "category_id", "bbox", "iscrowd", "segmentation", "area")
 MAX_SIDE_PX = 1 << 20
-# The alphabet of compressed counts. The last character must end a number: pycocotools would read on behind the text.
+# The alphabet of compressed counts. The last character must end a number: pycocotools would read beyond the text.
 _COMPRESSED = re.compile(r"[0-o]*[0-O]")
 
 
 @dataclass(slots=True)
 class ImageRow:
-    """An image of the file; a size that is not there is None, other keys of `_IMAGE_KEYS` are in `more`."""
+    """An image of the file; a missing size is None, and keys in `_IMAGE_KEYS` are in `more`."""
 
     image_id: int | str
     file_name: Any
@@ -62,28 +62,28 @@ class ImageRow:
     more: dict[str, Any] | None = None
 
     def get(self, key: str) -> Any:
-        """One of the other keys."""
+        """The value of one of the keys in `more`."""
         return (self.more or {}).get(key)
 
 
 @dataclass(slots=True)
 class Instances:
-    """A checked instances file: images by their ids, in order, and their annotations beside them."""
+    """A checked instances file: images in the order of their ids, with their annotations."""
 
     path: Path
     images: list[ImageRow] = field(default_factory=list)
     categories: tuple[Category, ...] = ()
-    rows: dict[int | str, dict[str, Any]] = field(default_factory=dict)  # the categories as they stand in the file
+    rows: dict[int | str, dict[str, Any]] = field(default_factory=dict)  # the categories as in the file
     numbers: dict[int | str, int] = field(default_factory=dict)  # id of a category -> its number
-    grouped: Grouped = field(default_factory=Grouped)  # of `images`, by their place: [key, annotation]
+    grouped: Grouped = field(default_factory=Grouped)  # by index in `images`: [key, annotation]
     problems: list[Problem] = field(default_factory=list)
 
     def name_of(self, category_id: Any) -> str:
-        """Name of a category that the file declares."""
+        """Name of a declared category."""
         return str(self.rows[category_id]["name"])
 
     def entries(self) -> Iterator[tuple[int, ImageRow, list[str]]]:
-        """Every image, in the order of ids from 1 on, with its annotations as text."""
+        """Every image in the order of ids, numbered from 1, with its annotations as text."""
         groups = iter(self.grouped)
         place, found = next(groups, (-1, []))
         for i, image in enumerate(self.images):
@@ -99,14 +99,14 @@ class Instances:
 
 
 def read(files: SplitFiles) -> Reading:
-    """COCO: `file_name` is relative to the image folder."""
+    """Read COCO; `file_name` is relative to the image folder."""
     instances = load_instances(files.path, polygons=files.polygons)
     names = ImageNames(files)
     return instances_reading(instances, lambda image: names.find(image.file_name))
 
 
 def read_objects365(files: SplitFiles) -> Reading:
-    """Objects365 v2; the image folder is the one that holds `patch0`, `patch1`, ..."""
+    """Read Objects365 v2; the image folder contains `patch0`, `patch1`, ..."""
     instances = load_instances(files.path, polygons=files.polygons)
     return instances_reading(instances, lambda image: files.image_name(patch_path(image.file_name)))
 
@@ -160,7 +160,7 @@ def _to_object(key: str, annotation: dict[str, Any], instances: Instances) -> So
 
 
 def annotated_box(annotation: dict[str, Any]) -> Box | None:
-    """The box of an annotation; where `bbox` is missing, no box or a point, the one around its `segmentation`."""
+    """The box of an annotation; if `bbox` is missing, invalid or a point, the tight box of its `segmentation`."""
     box = corners_of_xywh(annotation.get("bbox"))
     if box is None or box[:2] == box[2:]:
         return tight_box(annotation.get("segmentation")) or box
@@ -168,7 +168,7 @@ def annotated_box(annotation: dict[str, Any]) -> Box | None:
 
 
 def polygon_rings(value: Any) -> tuple[tuple[float, ...], ...]:
-    """COCO's polygon form, also a single ring without its list; a run-length mask or anything else gives no ring."""
+    """The rings of COCO's polygon form, or of a single ring without its list; empty for masks and anything else."""
     if not isinstance(value, list):
         return ()
     rings = [value] if value and not isinstance(value[0], list) else value
@@ -176,7 +176,7 @@ def polygon_rings(value: Any) -> tuple[tuple[float, ...], ...]:
 
 
 def _ring(ring: Any) -> tuple[float, ...]:
-    """x1, y1, x2, y2, ... of a ring, also of pairs; empty if it is none."""
+    """A ring as x1, y1, x2, y2, ..., also from pairs; empty if it is invalid."""
     if not isinstance(ring, list):
         return ()
     if ring and all(isinstance(pair, list) and len(pair) == 2 for pair in ring):
@@ -190,7 +190,7 @@ def _ring(ring: Any) -> tuple[float, ...]:
 
 
 def tight_box(value: Any) -> Box | None:
-    """The box around a `segmentation`, in pixels; None where it is empty or neither polygons nor a run-length mask."""
+    """The tight box of a `segmentation`, in pixels; None if it is empty or neither polygons nor a run-length mask."""
     if isinstance(value, dict):
         return _mask_box(value.get("size"), value.get("counts"))
     rings = polygon_rings(value)
@@ -213,7 +213,7 @@ def _mask_box(size: Any, counts: Any) -> Box | None:
 
 
 def _without_outline(row: dict[str, Any]) -> dict[str, Any]:
-    """`segmentation` is most of a file's bytes: it stays only where the box has to be taken from it."""
+    """Drop `segmentation`, which is most of a file's bytes, unless it is needed to get the box."""
     if "segmentation" in row:
         box = corners_of_xywh(row.get("bbox"))
         if box is not None and box[:2] != box[2:]:
@@ -224,16 +224,16 @@ def _without_outline(row: dict[str, Any]) -> dict[str, Any]:
 def load_instances(
     path: Path, names_images: bool = True, polygons: bool = True, grouped: Grouped | None = None
 ) -> Instances:
-    """Read and check an instances file; single annotations that fit nowhere become problems.
+    """Read and check an instances file; annotations without a known image become problems.
 
     Args:
         path: the file.
-        names_images: each image must have a `file_name` (LVIS has urls instead).
-        polygons: read `segmentation` as well.
-        grouped: where annotations are kept until their images are asked for.
+        names_images: whether each image must have a `file_name` (LVIS has URLs instead).
+        polygons: whether to read `segmentation`.
+        grouped: storage of the annotations by image.
 
     Raises:
-        DataError: naming the file, and the entry that is missing or has no valid id or name.
+        DataError: an entry is missing or has no valid id or name; the message has file and entry.
     """
     loading = _Loading(Instances(path, grouped=grouped or Grouped()), names_images)
     on_object = None if polygons else _without_outline
@@ -242,7 +242,7 @@ def load_instances(
             loading.take(key, value)
     if missing := set(SECTIONS) - loading.counts.keys():
         raise DataError(f"{path}: keys {sorted(missing)} are missing; expected {LAYOUT}.")
-    if loading.waits:  # annotations came before their images
+    if loading.waits:  # annotations precede the images in the file: read them in a second pass
         loading.settle_images()
         rows = (value for key, value in stream_json(path, LAYOUT, on_object) if key == "annotations")
         for number, value in enumerate(value for value in rows if value is not LIST):
@@ -252,21 +252,21 @@ def load_instances(
 
 @dataclass(slots=True)
 class _Loading:
-    """An instances file, half read."""
+    """The state of reading an instances file."""
 
     instances: Instances
     names_images: bool
-    counts: dict[str, int] = field(default_factory=dict)  # entries of each section that has begun
+    counts: dict[str, int] = field(default_factory=dict)  # number of entries of each section read so far
     images: dict[int | str, ImageRow] = field(default_factory=dict)
-    places: dict[int | str, int] = field(default_factory=dict)  # id of an image -> its place in the order of ids
+    places: dict[int | str, int] = field(default_factory=dict)  # id of an image -> its index in the order of ids
     waits: bool = False
 
     def take(self, key: str, value: Any) -> None:
-        """The beginning of a section, or one entry of it."""
+        """Process the start of a section, or one entry of it."""
         where = f"{self.instances.path}: {key}"
         if value is LIST:
             if key in self.counts:
-                raise DataError(f"{where} is there twice; expected {LAYOUT}.")
+                raise DataError(f"{where} occurs twice; expected {LAYOUT}.")
             self.counts[key] = 0
             if key == "annotations":
                 self.waits = "images" not in self.counts
@@ -284,7 +284,7 @@ class _Loading:
             self.place(number, value)
 
     def add(self, section: str, entry: dict[str, Any], where: str) -> None:
-        """A checked image or category."""
+        """Add a checked image or category."""
         key = as_id(entry["id"])
         known: dict[int | str, Any] = self.images if section == "images" else self.instances.rows
         if key is None or key in known:
@@ -297,13 +297,13 @@ class _Loading:
             self.instances.rows[key] = entry | {"name": str(entry["name"])}
 
     def settle_images(self) -> None:
-        """Put the images in the order of ids."""
+        """Sort the images by id."""
         keys = sorted(self.images, key=lambda key: (isinstance(key, str), key))
         self.instances.images = [self.images[key] for key in keys]
         self.places = {key: place for place, key in enumerate(keys)}
 
     def place(self, index: int, annotation: Any) -> None:
-        """File one annotation under its image, or among the problems."""
+        """Add one annotation to its image, or to the problems."""
         fields = annotation if isinstance(annotation, dict) else {}
         found = fields.get("id")
         named = str(found)[:60] if isinstance(found, int | str) else shown(found)
@@ -317,12 +317,12 @@ class _Loading:
         self.instances.grouped.add(self.places[image_id], [key, row])
 
     def finished(self) -> Instances:
-        """The file, with numbered categories."""
+        """The complete file with numbered categories."""
         instances = self.instances
         if not instances.images:
             self.settle_images()
         instances.numbers = {key: key for key in instances.rows if isinstance(key, int)}
-        if len(instances.numbers) < len(instances.rows):  # ids that are text: numbers in their order
+        if len(instances.numbers) < len(instances.rows):  # some ids are text: number the categories in order
             instances.numbers = {key: number for number, key in enumerate(instances.rows, 1)}
         parents = {row["supercategory"] for row in instances.rows.values() if isinstance(row.get("supercategory"), str)}
         rows = instances.rows.items()
@@ -333,12 +333,12 @@ class _Loading:
 def _category(number: int, row: dict[str, Any], parents: set[Any]) -> Category:
     parent = row.get("supercategory")
     is_root = parent in ("none", "", None) and row["name"] in parents
-    # A file may mark names that training must not know, by how they are held out.
+    # A file may mark held-out categories by the name of their split in `supercategory`.
     return Category(number, row["name"], as_split(parent) or "train", is_root=is_root)
 
 
 def as_id(value: Any) -> int | str | None:
-    """An id as a key: a whole number, also one written as text, or other text; None for anything else."""
+    """An id as a key: an integer, possibly written as text, or other text; None for anything else."""
     number = as_whole(value)
     if number is not None:
         return number
@@ -351,7 +351,7 @@ def _check_entry(entry: Any, where: str, name: str, needs_name: bool) -> None:
     if absent := [key for key in ("id", *([name] if needs_name else [])) if key not in entry]:
         raise DataError(f"{where} has no {absent}; expected {LAYOUT}.")
     if as_id(entry["id"]) is None:
-        raise DataError(f"{where}.id is {_shown(entry['id'])}, expected a whole number or text. Correct or remove it.")
+        raise DataError(f"{where}.id is {_shown(entry['id'])}, expected an integer or text. Correct or remove it.")
     value = entry.get(name)
     is_name = (isinstance(value, str) and bool(value.strip())) or (name == "name" and is_whole(value))
     if needs_name and not is_name:
@@ -359,13 +359,13 @@ def _check_entry(entry: Any, where: str, name: str, needs_name: bool) -> None:
 
 
 def _side(value: Any) -> Any:
-    """A width or height, as a number where it is written as text."""
+    """A width or height, converted to a number if it is written as text."""
     number = as_number(value) if isinstance(value, str) else None
     return value if number is None else number
 
 
 def _shown(value: Any) -> str:
-    """A JSON value as a message quotes it: as JSON writes it, cut short."""
+    """Quote a JSON value for messages, shortened."""
     if isinstance(value, list | dict) and len(value) > 40:
         return f"a {'list' if isinstance(value, list) else 'object'} of {len(value)}"
     text = json.dumps(value)

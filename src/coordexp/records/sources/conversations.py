@@ -1,8 +1,8 @@
-"""Conversations about pictures, as Qwen-VL and ms-swift are tuned on them: JSON lines, or a JSON list.
+"""Conversations about images, in the tuning formats of Qwen-VL and ms-swift: JSON lines, or a JSON list.
 
-Boxes stand in what the assistant says, as JSON (`bbox_2d` with a `label`) or between Qwen's marks, or in the field
-`objects` of ms-swift. Those in texts are thousandths of the sides, as Qwen3-VL answers, those in `objects` pixels,
-unless `bbox_type` or the key `boxes` of the set says otherwise.
+Boxes are in the assistant's text, as JSON (`bbox_2d` with a `label`) or between Qwen's markers, or in the field
+`objects` of ms-swift. Boxes in text are in thousandths of the sides, as Qwen3-VL answers; those in `objects` are in
+pixels, unless `bbox_type` or the key `boxes` of the set specifies otherwise.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from coordexp.records.sources.base import ImageNames, Problem, Reading, SourceIm
 from coordexp.records.sources.files import opened, parse_json, read_lines, shown
 
 LAYOUT = (
-    "conversations of Qwen-VL or ms-swift: messages or conversations with an image, one JSON object a line or a list"
+    "conversations of Qwen-VL or ms-swift: messages or conversations with an image, one JSON object per line or a list"
 )
-MAX_FAILED = 100  # brackets in an answer that begin no JSON
+MAX_FAILED = 100  # maximum number of brackets in an answer that do not start valid JSON
 UNITS: dict[Any, float | None] = {
     "real": None, "pixel": None, "norm1": 1.0, "norm_1": 1.0, "norm1000": 1000.0, "norm_1000": 1000.0,
 }  # fmt: skip
@@ -28,7 +28,7 @@ _BOX_KEYS = ("bbox_2d", "bbox", "box", "box_2d")
 _NAME_KEYS = ("label", "desc", "name", "category", "ref", "object", "caption", "text_content")
 _NUMBER = r"\s*(-?\d+(?:\.\d+)?)\s*"
 _PAIRS = rf"\({_NUMBER},{_NUMBER}\)\s*,?\s*\({_NUMBER},{_NUMBER}\)"
-# <ref>cat</ref><box>(1,2),(3,4)</box> of Qwen-VL; the same with longer marks of Qwen2-VL.
+# <ref>cat</ref><box>(1,2),(3,4)</box> of Qwen-VL; the same with the longer markers of Qwen2-VL.
 _REF = re.compile(r"(?:<ref>|<\|object_ref_start\|>)([^<]*)(?:</ref>|<\|object_ref_end\|>)")
 _MARKED = re.compile(rf"(?:<box>|<\|box_start\|>){_PAIRS}(?:</box>|<\|box_end\|>)")
 _PLACE = re.compile(r"<ref-object>|<bbox>")
@@ -43,12 +43,12 @@ _DECODER = json.JSONDecoder()
 
 
 def read(files: SplitFiles) -> Reading:
-    """Conversations; the image folder is the one that their image paths start from."""
+    """Read conversations; image paths are relative to the image folder."""
     problems: list[Problem] = []
     rows = _rows(files, problems)
     first = next(rows, None)
     if first is None or not any(key in first[1] for key in ("messages", "conversations", "objects", "query")):
-        found = f"has the keys {shown(list(first[1]), 80)}" if first else "holds none"
+        found = f"has the keys {shown(list(first[1]), 80)}" if first else "is missing"
         raise DataError(f"{files.path}: its first entry {found}; expected {LAYOUT}.")
 
     names = ImageNames(files)
@@ -78,7 +78,7 @@ def read(files: SplitFiles) -> Reading:
 
 
 def _rows(files: SplitFiles, problems: list[Problem]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(key, entry) of each entry that is an object; the others become problems."""
+    """(key, entry) of each JSON object; other entries become problems."""
     with opened(files.path, LAYOUT) as handle:
         is_list = handle.peek(64)[:64].lstrip(b"\xef\xbb\xbf\xff\xfe\0 \t\r\n").startswith(b"[")
         if is_list:
@@ -109,7 +109,7 @@ def _objects_only(entries: Any, files: SplitFiles, problems: list[Problem]) -> I
 
 
 def _pictures(row: dict[str, Any]) -> list[Any]:
-    """The pictures that an entry names, in any of the usual places."""
+    """The images of an entry, from any of the usual keys."""
     for key in ("images", "image"):
         value = row.get(key)
         if value:
@@ -129,7 +129,7 @@ def _path(value: Any) -> Any:
 
 
 def _said(row: dict[str, Any]) -> Iterator[tuple[bool, Any]]:
-    """(whether the assistant says it, content) of each turn."""
+    """(whether it is the assistant's turn, content) of each turn."""
     for key, role_key, content_key in (("messages", "role", "content"), ("conversations", "from", "value")):
         turns = row.get(key)
         for turn in turns if isinstance(turns, list) else ():
@@ -152,7 +152,7 @@ def _texts(row: dict[str, Any], of_assistant: bool) -> list[str]:
 
 def _objects(row: dict[str, Any]) -> Iterator[SourceObject]:
     listed = row.get("objects")
-    if isinstance(listed, str):  # ms-swift once had it as text
+    if isinstance(listed, str):  # older versions of ms-swift wrote it as text
         try:
             listed = parse_json(listed.encode(errors="surrogatepass"), "objects", LAYOUT)
         except DataError:
@@ -168,7 +168,7 @@ def _objects(row: dict[str, Any]) -> Iterator[SourceObject]:
 
 
 def _says_nothing(row: dict[str, Any]) -> bool:
-    """Whether an entry without a box says that nothing is there; a caption or an answer in words says no such thing."""
+    """Whether an entry without boxes states that no object is there; a caption or other text does not."""
     listed = row.get("objects")
     if isinstance(listed, dict):
         return not any(listed.values())
@@ -179,7 +179,7 @@ def _says_nothing(row: dict[str, Any]) -> bool:
 
 
 def _of_swift(listed: Any, text: str) -> Iterator[SourceObject]:
-    """`objects` of ms-swift: {ref, bbox, bbox_type}, whose order is that of <ref-object> and <bbox>; or a list."""
+    """`objects` of ms-swift: {ref, bbox, bbox_type} in the order of <ref-object> and <bbox> in the text; or a list."""
     if isinstance(listed, list):
         for i, entry in enumerate(listed):
             fields = entry if isinstance(entry, dict) else {}
@@ -194,7 +194,7 @@ def _of_swift(listed: Any, text: str) -> Iterator[SourceObject]:
 
 
 def _paired(refs: list[Any], count: int, places: list[str]) -> list[Any]:
-    """The name of each box: the one that stands before it in the text; else one each, or one for all."""
+    """The name of each box: the one before it in the text; otherwise one name per box, or one for all."""
     if places.count("<bbox>") == count and places.count("<ref-object>") == len(refs) and refs:
         found: list[Any] = []
         number = -1
@@ -218,7 +218,7 @@ def _with_units(name: Any, values: Any, kind: Any, key: str) -> SourceObject:
 
 
 def _all_in_text(text: str) -> Iterator[tuple[Any, Any]]:
-    """As `_in_text`, and one more without numbers where the answer begins more boxes than it ends."""
+    """As `_in_text`, plus one box without numbers if the answer starts more boxes than it completes."""
     found = list(_in_text(text))
     yield from found
     if len(found) < max(len(begin.findall(text)) for begin in _BOX_BEGINS):
@@ -226,7 +226,7 @@ def _all_in_text(text: str) -> Iterator[tuple[Any, Any]]:
 
 
 def _in_text(text: str) -> Iterator[tuple[Any, Any]]:
-    """(name, four numbers) of everything that is boxed in an answer."""
+    """(name, four numbers) of every box in an answer."""
     marked = sorted([*_REF.finditer(text), *_MARKED.finditer(text)], key=lambda found: found.start())
     if marked:
         name = None

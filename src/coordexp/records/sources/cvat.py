@@ -1,6 +1,6 @@
-"""CVAT for images 1.1: one XML file, or a folder of them, with the boxes, polygons and masks of many pictures.
+"""CVAT for images 1.1: one XML file, or a folder of them, with the boxes, polygons and masks of many images.
 
-A turned box gives the tight box around it. Points, lines and tags have no box. Where images name a subset, those of
+A rotated box is replaced by its tight box. Points, lines and tags have no box. If images specify a subset, those of
 another split are left out.
 """
 
@@ -32,7 +32,7 @@ _SUBSETS = {"train": "train", "training": "train", "val": "val", "valid": "val",
 
 
 def read(files: SplitFiles) -> Reading:
-    """CVAT; the image folder is the one that the names of its images start from."""
+    """Read CVAT; image names are relative to the image folder."""
     paths = annotation_files(files.path, (".xml",))
     if not paths or not files.path.exists():
         raise DataError(f"{files.path}: not found; expected {LAYOUT}.")
@@ -62,12 +62,12 @@ def read(files: SplitFiles) -> Reading:
 
 
 def _labels(path: Path) -> list[str]:
-    """The names that the file declares."""
+    """The declared labels of a file."""
     root = read_xml(path, LAYOUT)
     if root.tag != "annotations":
         raise DataError(f"{path}: its root is <{root.tag[:40]}>; expected {LAYOUT}.")
     if root.find("track") is not None and root.find("image") is None:
-        raise DataError(f"{path}: holds tracks of a video; export the task as {LAYOUT}.")
+        raise DataError(f"{path}: contains tracks of a video; export the task as {LAYOUT}.")
     found = (label.findtext("name") for label in root.iter("label") if label.find("name") is not None)
     return [name.strip() for name in found if name and name.strip()]
 
@@ -114,7 +114,7 @@ def _geometry(shape: Element) -> tuple[Box | None, tuple[float, ...]]:
 
 
 def _turned(corners: list[float], degrees: float) -> Box:
-    """The tight box around a box that is turned about its center."""
+    """The tight box of a box that is rotated around its center."""
     x1, y1, x2, y2 = corners
     if not degrees:
         return x1, y1, x2, y2

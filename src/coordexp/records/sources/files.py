@@ -1,6 +1,6 @@
-"""The gate for annotation files: regular files, of limited size and depth, in the encodings that programs write.
+"""Input validation for annotation files: regular files of limited size and depth, in common encodings.
 
-Whatever is wrong with a file is a DataError that names it, says what was expected there, and quotes little of it.
+Every fault of a file is a DataError that names the file and what was expected, and quotes only a little of it.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from coordexp.config.loading import parse_yaml
 from coordexp.errors import ConfigError, DataError
 from coordexp.infra.foreign import check_regular, open_regular
 
-MAX_JSON_BYTES = 1 << 31  # of a file that is read whole; COCO's layout is read in pieces, whatever its size
+MAX_JSON_BYTES = 1 << 31  # for files that are read as a whole; COCO's layout is read in pieces, with any size
 MAX_TEXT_BYTES = 1 << 28  # lists of images, labels, XML
 MAX_YAML_BYTES = 1 << 20
 MAX_LINE_BYTES = 1 << 26
 MAX_XML_DEPTH = 100
-MAX_YAML_DEPTH = 50  # of brackets: the parser takes the square of it
+MAX_YAML_DEPTH = 50  # nesting of brackets; the parser's time is quadratic in it
 GLOB = re.compile(r"[*?\[]")
-# A parser expands entities: a few lines that define them could fill the memory, and no annotation file has any.
+# XML parsers expand entities: a few lines could fill the memory ("billion laughs"), and annotation files have none.
 _ENTITY = re.compile(r"<!(?:DOCTYPE|ENTITY)", re.IGNORECASE)
 _BRACKET = re.compile(r"[\[\]{}]")
 _XML_ENCODING = re.compile(rb"<\?xml[^>]*encoding=[\"']([A-Za-z0-9._-]+)[\"']")
@@ -40,19 +40,19 @@ _XML_DECLARATION = re.compile(r"^\s*<\?xml[^>]*\?>")
 
 @contextmanager
 def opened(path: Path, expected: str, max_bytes: int | None = None) -> Iterator[BufferedReader]:
-    """An annotation file, open for reading.
+    """Open an annotation file for reading.
 
     Args:
         path: the file.
-        expected: what it should hold, for messages.
-        max_bytes: the largest file that is read; None is any.
+        expected: its expected content, for messages.
+        max_bytes: maximum file size; None: any.
 
     Raises:
-        DataError: it is missing, no regular file, too large, cannot be read, or a pickle by its name.
+        DataError: the file is missing, not regular, too large, unreadable, or has the suffix of a pickle.
     """
     refuse_pickle(path)
     if "\0" in str(path):
-        raise DataError(f"{str(path)!r}: no name of a file; expected {expected}.")
+        raise DataError(f"{str(path)!r}: not a valid file name; expected {expected}.")
     try:
         with open_regular(path, max_bytes) as handle:
             yield handle
@@ -63,7 +63,7 @@ def opened(path: Path, expected: str, max_bytes: int | None = None) -> Iterator[
 
 
 def is_readable(path: Path) -> bool:
-    """Whether a regular file is there: reading anything else may never end."""
+    """Whether a path is a regular file; reading anything else may block forever."""
     try:
         check_regular(path.stat(), None)
     except (OSError, ValueError):
@@ -72,10 +72,10 @@ def is_readable(path: Path) -> bool:
 
 
 def read_json(path: Path, expected: str, on_object: Callable[[dict[str, Any]], dict[str, Any]] | None = None) -> Any:
-    """The value of a JSON file; `on_object` may change each of its objects as it comes.
+    """The value of a JSON file; `on_object` may change each object while it is parsed.
 
     Raises:
-        DataError: naming the file, the line and what was expected.
+        DataError: the message has file, line and what was expected.
     """
     with opened(path, expected, MAX_JSON_BYTES) as handle:
         return parse_json(handle.read(), str(path), expected, on_object)
@@ -89,17 +89,17 @@ def parse_json(
         return json.loads(content.decode(json.detect_encoding(content)), object_hook=on_object)
     except json.JSONDecodeError as error:
         raise DataError(f"{where}:{error.lineno}: not valid JSON ({error.msg}); expected {expected}.") from error
-    except ValueError as error:  # not UTF-8, or a number beyond what Python reads
+    except ValueError as error:  # not UTF-8, or an integer with too many digits for Python
         raise DataError(f"{where}: not JSON in UTF-8 ({error}); expected {expected}.") from error
     except RecursionError as error:
         raise DataError(f"{where}: nested too deeply to be annotations; expected {expected}.") from error
 
 
 def read_text(path: Path, expected: str, max_bytes: int = MAX_TEXT_BYTES) -> str:
-    """The text of a file in UTF-8, UTF-16 or UTF-32, without the byte-order mark that some editors put first.
+    """The text of a file in UTF-8, UTF-16 or UTF-32, without a byte-order mark.
 
     Raises:
-        DataError: naming the file and what was expected.
+        DataError: the message has file and what was expected.
     """
     with opened(path, expected, max_bytes) as handle:
         content = handle.read()
@@ -110,7 +110,7 @@ def read_text(path: Path, expected: str, max_bytes: int = MAX_TEXT_BYTES) -> str
 
 
 def read_yaml(path: Path, expected: str) -> dict[str, Any]:
-    """The mapping in a YAML file; raises DataError naming the file and what was expected."""
+    """The mapping in a YAML file; raises DataError with the file and what was expected."""
     text = read_text(path, expected, MAX_YAML_BYTES)
     if _depth(text) > MAX_YAML_DEPTH:
         raise DataError(f"{path}: nested too deeply; expected {expected}.")
@@ -123,7 +123,7 @@ def read_yaml(path: Path, expected: str) -> dict[str, Any]:
 
 
 def _depth(text: str) -> int:
-    """How deeply brackets nest at most."""
+    """Maximum nesting depth of brackets."""
     deepest = depth = 0
     for found in _BRACKET.findall(text):
         depth += 1 if found in "[{" else -1
@@ -137,20 +137,22 @@ def read_xml(path: Path, expected: str) -> ElementTree.Element:
     for element in stream_xml(path, expected):
         root = element
     if root is None:
-        raise DataError(f"{path}: holds no XML; expected {expected}.")
+        raise DataError(f"{path}: contains no XML; expected {expected}.")
     return root
 
 
 def stream_xml(path: Path, expected: str, tag: str = "") -> Iterator[ElementTree.Element]:
-    """Each element called `tag` as soon as it is complete, then emptied; without a tag the root.
+    """Yield each element named `tag` when it is complete, then clear it; without a tag, yield the root.
 
     Raises:
-        DataError: naming the file: not XML, nested too deeply, or it declares a document type or an entity.
+        DataError: the file is not XML, is nested too deeply, or declares a document type or an entity.
     """
     with opened(path, expected, MAX_TEXT_BYTES) as handle:
         text = _xml_text(handle.read(), path, expected)
     if _ENTITY.search(text):
-        raise DataError(f"{path}: it declares a document type or an entity, which no {expected} has; not read.")
+        raise DataError(
+            f"{path}: it declares a document type or an entity, which is not allowed in {expected}; not read."
+        )
     parser: ElementTree.XMLPullParser[Any] = ElementTree.XMLPullParser(events=("start", "end"))
     depth = 0
     wanted: ElementTree.Element | None = None
@@ -176,7 +178,7 @@ def stream_xml(path: Path, expected: str, tag: str = "") -> Iterator[ElementTree
 
 
 def _xml_text(content: bytes, path: Path, expected: str) -> str:
-    """The text without its declaration, decoded as that says; so nothing can hide in an encoding."""
+    """The text decoded as declared, without the declaration, so that an encoding cannot hide entities."""
     declared = _XML_ENCODING.search(content[:200])
     encoding: str = json.detect_encoding(content)
     if encoding == "utf-8" and declared:
@@ -189,10 +191,10 @@ def _xml_text(content: bytes, path: Path, expected: str) -> str:
 
 
 def read_csv(path: Path, expected: str) -> Iterator[list[str]]:
-    """The rows of a table that are not empty; commas, semicolons or tabs stand between its columns.
+    """The non-empty rows of a table; columns are separated by commas, semicolons or tabs.
 
     Raises:
-        DataError: naming the file, the line and what was expected.
+        DataError: the message has file, line and what was expected.
     """
     with opened(path, expected) as handle:
         encoding = json.detect_encoding(handle.peek(4)[:4])
@@ -219,10 +221,10 @@ def _lines(first: str, rest: io.TextIOWrapper) -> Iterator[str]:
 
 
 def read_lines(handle: BufferedReader, path: Path, expected: str) -> Iterator[tuple[int, bytes]]:
-    """Number and bytes in UTF-8 of each line of a text in UTF-8, UTF-16 or UTF-32; each line is still to be decoded.
+    """Number and UTF-8 bytes of each line of a text in UTF-8, UTF-16 or UTF-32; UTF-8 is not validated here.
 
     Raises:
-        DataError: naming the file: it is in neither of the last two, though it begins so.
+        DataError: the file starts like UTF-16 or UTF-32, but is not valid.
     """
     encoding, number = json.detect_encoding(handle.peek(4)[:4]), 0
     if encoding.startswith("utf-8"):
@@ -243,7 +245,7 @@ def read_lines(handle: BufferedReader, path: Path, expected: str) -> Iterator[tu
 
 @contextmanager
 def opened_parquet(path: Path, expected: str) -> Iterator[pq.ParquetFile]:
-    """A parquet file; raises DataError naming it, also for what reading raises within the block."""
+    """Open a parquet file; raises DataError with its name, also for read errors within the block."""
     with opened(path, expected) as handle:
         try:
             yield pq.ParquetFile(handle)
@@ -252,7 +254,7 @@ def opened_parquet(path: Path, expected: str) -> Iterator[pq.ParquetFile]:
 
 
 def annotation_files(path: Path, suffixes: tuple[str, ...]) -> list[Path]:
-    """The annotation files that a key means: one file, the fitting files below a folder, or the matches of a glob."""
+    """The annotation files for a key: one file, the matching files in a folder, or the matches of a glob pattern."""
     if path.is_dir():
         found = (p for p in path.rglob("*") if p.suffix.lower() in suffixes)
     elif not path.exists() and GLOB.search(path.name):
@@ -263,7 +265,7 @@ def annotation_files(path: Path, suffixes: tuple[str, ...]) -> list[Path]:
 
 
 def refuse_pickle(path: Path) -> None:
-    """Raise DataError for a pickle, by its name: loading one runs whatever code it holds."""
+    """Raise DataError for a file with the suffix of a pickle: loading a pickle can run arbitrary code."""
     if path.suffix in (".p", ".pkl", ".pickle"):
         raise DataError(
             f"{path}: pickles are not read, because loading one can run code. Use the JSON form or the Hugging Face "
@@ -272,6 +274,6 @@ def refuse_pickle(path: Path) -> None:
 
 
 def shown(value: Any, length: int = 40) -> str:
-    """A foreign value as a message quotes it, cut short before it is written out: it may be of any size and depth."""
+    """Quote a foreign value for messages; it is shortened before formatting, as it may have any size and depth."""
     text = value if isinstance(value, str) and length > 40 else reprlib.repr(value)
     return text if len(text) <= length else f"{text[:length]}..."

@@ -1,9 +1,9 @@
-"""Rows of a file brought together by the picture that they belong to, in bounded memory.
+"""Group the rows of a file by image in bounded memory (an external bucket sort).
 
-They stay JSON text until `rows_of` is asked for them: whoever reads a file deals them to the processes that need them.
+Rows stay JSON text until `rows_of` parses them, so that worker processes can do the parsing.
 
-Annotations of one picture may stand anywhere in a file. They are kept in buckets of neighbouring pictures; when they
-outgrow the memory that is allowed, buckets go to temporary files and are read back one at a time.
+Annotations of an image may be anywhere in a file. They are collected in buckets of neighboring images; beyond the
+memory limit, buckets are written to temporary files and read back one at a time.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from collections.abc import Iterable, Iterator
 from typing import IO, Any
 
 BUFFER_BYTES = 1 << 25
-BUCKET_GROUPS = 10_000  # pictures of one bucket
+BUCKET_GROUPS = 10_000  # images per bucket
 
 
 class Grouped:
-    """Rows by the number of their group, given back group by group in the order of numbers."""
+    """Rows by group number; iteration yields the groups in the order of their numbers."""
 
     def __init__(self, buffer_bytes: int | None = None, bucket_groups: int | None = None) -> None:
         self._limit = BUFFER_BYTES if buffer_bytes is None else buffer_bytes
@@ -29,7 +29,7 @@ class Grouped:
         self._n_waiting = 0
 
     def add(self, group: int, row: Any) -> None:
-        """Put a row to the others of its group."""
+        """Add a row to its group."""
         text = f"{group}\t{json.dumps(row)}"
         self._waiting[group // self._groups].append(text)
         self._n_waiting += len(text) + 64
@@ -37,7 +37,7 @@ class Grouped:
             self._flush()
 
     def __iter__(self) -> Iterator[tuple[int, list[str]]]:
-        """Each group that has rows, with their texts in the order in which they came."""
+        """Yield each non-empty group with the texts of its rows in insertion order."""
         for bucket in sorted(self._waiting.keys() | self._files.keys()):
             found: defaultdict[int, list[str]] = defaultdict(list)
             for text in self._texts(bucket):
@@ -64,5 +64,5 @@ class Grouped:
 
 
 def rows_of(texts: Iterable[str]) -> list[Any]:
-    """The rows that were added, of the texts of a group."""
+    """Parse the texts of a group into the rows that were added."""
     return [json.loads(text) for text in texts]

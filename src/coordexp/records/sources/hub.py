@@ -1,7 +1,7 @@
-"""Detection data sets of the Hugging Face Hub: parquet files with the pictures inside.
+"""Detection data sets of the Hugging Face Hub: parquet files with embedded images.
 
-The column `objects` holds boxes and categories of each row, as lists in a struct or as a list of structs. Names of
-numbered categories stand in the file's own metadata. Boxes are x, y, width, height, unless the set says `boxes:
+The column `objects` has the boxes and categories of each row, as lists in a struct or as a list of structs. Names of
+numbered categories are in the file's metadata. Boxes are x, y, width, height, unless the set specifies `boxes:
 corners`: the Hub has both forms.
 """
 
@@ -38,7 +38,7 @@ CROWDS, AREAS = ("iscrowd", "is_crowd"), ("area", "areas")
 
 
 def read(files: SplitFiles) -> Reading:
-    """The Hub's parquet; the annotation file may be a glob such as `data/train-*.parquet`, or a folder."""
+    """Read Hub parquet files; the annotation file may be a glob pattern such as `data/train-*.parquet`, or a folder."""
     paths = annotation_files(files.path, (".parquet",))
     if not paths:
         raise DataError(f"{files.path}: not found; expected {LAYOUT}.")
@@ -53,7 +53,7 @@ def read(files: SplitFiles) -> Reading:
         for path, (_, columns, _) in layouts.items():
             number = 0
             with opened_parquet(path, LAYOUT) as table:
-                for batch in table.iter_batches(batch_size=1000, columns=columns):  # never the pictures
+                for batch in table.iter_batches(batch_size=1000, columns=columns):  # never the images
                     for row in batch.to_pylist():
                         yield path, number, row
                         number += 1
@@ -83,7 +83,7 @@ def _layout(schema: pa.Schema, where: str) -> tuple[str, list[str], list[str]]:
 
 
 def category_names(schema: pa.Schema, objects: str) -> list[str]:
-    """Names of numbered categories, as the library `datasets` leaves them in the schema; empty without them."""
+    """Names of numbered categories, which the library `datasets` stores in the schema; empty without them."""
     try:
         described = parse_json((schema.metadata or {}).get(b"huggingface", b"{}"), "its metadata", LAYOUT)
         found = described["info"]["features"][objects]
@@ -96,7 +96,7 @@ def category_names(schema: pa.Schema, objects: str) -> list[str]:
             names = value.get("names")
             if key in NAMES and isinstance(names, list) and all(isinstance(n, str) and n.strip() for n in names):
                 return names
-            # Lists of features nest in several ways, which differ by the library's version.
+            # The nesting of features differs between versions of the library.
             pending += [(k if k in NAMES else key, v) for k, v in value.items()]
         elif isinstance(value, list):
             pending += [(key, v) for v in value]
@@ -125,7 +125,7 @@ def _objects(value: Any, names: Sequence[str]) -> Iterator[SourceObject]:
 
 
 def _rows(value: Any) -> Iterator[Mapping[str, Any]]:
-    """One mapping an object, of either form."""
+    """One mapping per object, from either form."""
     if isinstance(value, dict):
         lists = {key: v for key, v in value.items() if isinstance(v, list)}
         for i in range(max(map(len, lists.values()), default=0)):

@@ -1,4 +1,4 @@
-"""A JSON object read piece by piece: the elements of its lists one at a time, whatever the size of the file."""
+"""Streaming JSON reader: yields the elements of an object's lists one at a time, for files of any size."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from coordexp.errors import DataError
 from coordexp.records.sources.files import opened
 
 CHUNK_BYTES = 1 << 22
-MAX_ELEMENT_CHARS = 1 << 26  # one element may be no longer: else a missing bracket would read the file into memory
+MAX_ELEMENT_CHARS = 1 << 26  # maximum length of an element: a missing bracket must not load the whole file
 _SPACES = " \t\n\r"
 _BEHIND_VALUES = _SPACES + ",:]}"
-LIST = object()  # the value with which a list is announced
+LIST = object()  # marks the start of a list
 
 OnObject = Callable[[dict[str, Any]], dict[str, Any]]
 
@@ -24,23 +24,23 @@ OnObject = Callable[[dict[str, Any]], dict[str, Any]]
 def stream_json(
     path: Path, expected: str, on_object: OnObject | None = None, chunk_bytes: int = CHUNK_BYTES
 ) -> Iterator[tuple[str, Any]]:
-    """(key, value) of each member of the object in a file; a list as (key, LIST), then (key, element) of each element.
+    """Yield (key, value) of each member of the object; for a list, (key, LIST) and then (key, element) of each element.
 
     Args:
         path: the file, in UTF-8, UTF-16 or UTF-32.
-        expected: what it should hold, for messages.
-        on_object: may change each object as it comes.
-        chunk_bytes: how much is read at once.
+        expected: its expected content, for messages.
+        on_object: may change each object while it is parsed.
+        chunk_bytes: number of bytes to read at once.
 
     Raises:
-        DataError: naming the file and the line: it is no JSON, holds no object, or nests too deeply.
+        DataError: the file is not JSON, is not an object, or is nested too deeply; the message has file and line.
     """
     with opened(path, expected) as handle:
         yield from _Text(handle, path, expected, on_object, chunk_bytes).members()
 
 
 class _Text:
-    """The part of the file that is in memory, and the place in it."""
+    """The part of the file in memory, and the position in it."""
 
     def __init__(
         self, handle: BufferedReader, path: Path, expected: str, on_object: OnObject | None, chunk_bytes: int
@@ -53,14 +53,14 @@ class _Text:
     def members(self) -> Iterator[tuple[str, Any]]:
         """As `stream_json`."""
         if self.next() != "{":
-            self.fail("it holds no object")
+            self.fail("not an object")
         self.at += 1
         if self.next() == "}":
             self.at += 1
         else:
             yield from self.pairs()
         if self.next():
-            self.fail("extra data behind the object")
+            self.fail("extra data after the object")
 
     def pairs(self) -> Iterator[tuple[str, Any]]:
         while True:
@@ -88,7 +88,7 @@ class _Text:
                 return
 
     def next(self) -> str:
-        """The next character that is no space; empty at the end."""
+        """The next non-space character; empty at the end."""
         while True:
             while self.at < len(self.text) and self.text[self.at] in _SPACES:
                 self.at += 1
@@ -118,9 +118,9 @@ class _Text:
                 raise DataError(
                     f"{self.path}: nested too deeply to be annotations; expected {self.expected}."
                 ) from error
-            except ValueError as error:  # a number beyond what Python reads
+            except ValueError as error:  # an integer with too many digits for Python
                 raise DataError(f"{self.path}: not JSON in UTF-8 ({error}); expected {self.expected}.") from error
-            # A number may go on.
+            # A number at the end of the chunk may have more digits in the next one.
             is_cut = end == len(self.text) or self.text[end] not in _BEHIND_VALUES
             if is_cut and len(self.text) - self.at <= MAX_ELEMENT_CHARS and self.more():
                 continue
@@ -128,10 +128,11 @@ class _Text:
             return value
 
     def more(self) -> bool:
-        """Whether there was more to read; what is behind is let go."""
+        """Read more, and discard the text before the position; returns whether there was more."""
         if self.at_end:
             return False
-        size = max(self.chunk_bytes, len(self.text) - self.at)  # so that a long element is not scanned again and again
+        # Doubling the text keeps the repeated scans of a long element linear in total.
+        size = max(self.chunk_bytes, len(self.text) - self.at)
         content = self.handle.read(size)
         self.at_end = not content
         try:

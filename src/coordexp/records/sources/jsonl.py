@@ -1,4 +1,4 @@
-"""Ready JSONL in the record contract (`records.schema`), checked line by line: a broken line is a counted problem."""
+"""JSONL in the record contract (`records.schema`), checked line by line: an invalid line is a counted problem."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from coordexp.records.schema import RECORDS, ObjectRecord, Record, parse_record
 from coordexp.records.sources.base import Problem, Reading, SourceImage, SourceObject, SplitFiles
 from coordexp.records.sources.files import opened, read_lines
 
-LAYOUT = "records, one JSON object a line"
+LAYOUT = "records, one JSON object per line"
 
 
 def read(files: SplitFiles) -> Reading:
-    """One record a line; image paths are relative to the image folder."""
+    """Read one record per line; image paths are relative to the image folder."""
     path = files.path
     with opened(path, LAYOUT):
         problems: list[Problem] = []
@@ -40,13 +40,13 @@ def read(files: SplitFiles) -> Reading:
 
 
 def _check_metadata(metadata: dict[str, Any], where: str) -> None:
-    """Raise DataError for a value of another kind than prompts and evaluation read."""
+    """Raise DataError for a value that prompts or evaluation cannot use."""
     for key in ("absent", "not_exhaustive"):
         if key in metadata and not _are_names(metadata[key]):
             raise DataError(f"{where}.{key} is {metadata[key]!r:.40}, expected a list of names; or leave it out.")
     if "phrase" in metadata and not _are_names([metadata["phrase"]]):
         raise DataError(f"{where}.phrase is {metadata['phrase']!r:.40}, expected text; or leave it out.")
-    if "probe" in metadata:  # it would count apart from all other records
+    if "probe" in metadata:  # a probe is evaluated separately from other records
         raise DataError(f"{where}.probe is set, but only `convert` marks probes. Remove the key, or the line.")
     if "prompt" in metadata and not _is_prompt(metadata["prompt"]):
         raise DataError(
@@ -56,7 +56,7 @@ def _check_metadata(metadata: dict[str, Any], where: str) -> None:
 
 
 def _is_prompt(value: object) -> bool:
-    """Whether `text.prompts` can put it into words."""
+    """Whether `text.prompts` can render it."""
     if not isinstance(value, dict) or not isinstance(value.get("style", 0), int):
         return False
     names = value.get("names")

@@ -1,7 +1,7 @@
-"""labelme: one JSON file an image, with shapes; the annotation file is a folder of them, or one.
+"""labelme: one JSON file per image, with shapes; the annotation file is a folder of them, or a single file.
 
-`imagePath` starts at the JSON file. Rectangles, polygons, circles, oriented rectangles and masks have a box; points and
-lines have none.
+`imagePath` is relative to the JSON file. Rectangles, polygons, circles, oriented rectangles and masks have a box;
+points and lines have none.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ LAYOUT = "a JSON file of labelme, with shapes and imagePath"
 
 
 def read(files: SplitFiles) -> Reading:
-    """labelme; the image folder is the one that holds the pictures, often that of the JSON files."""
+    """Read labelme; the image folder contains the images and often also the JSON files."""
     paths = annotation_files(files.path, (".json",))
     if not paths or not files.path.exists():
         raise DataError(f"{files.path}: not found; expected {LAYOUT}, or a folder of them.")
@@ -64,13 +64,13 @@ def _checked(path: Path) -> dict[str, Any]:
 
 
 def _without_picture(row: dict[str, Any]) -> dict[str, Any]:
-    """`imageData` is the whole picture once more, as text."""
+    """Drop `imageData`, which is the whole image as text."""
     row.pop("imageData", None)
     return row
 
 
 def _image_name(name: Any, path: Path, below: str, names: ImageNames) -> object:
-    """The picture beside the JSON file or in the image folder; where `imagePath` is stale, the one of its stem."""
+    """The image next to the JSON file or in the image folder; if `imagePath` is stale, the image with the same stem."""
     last = name.replace("\\", "/").rsplit("/", 1)[-1] if isinstance(name, str) else f"{path.stem}.jpg"
     beside = f"{below}/{last}" if below not in ("", ".") else last
     found = names.find(beside)

@@ -1,10 +1,10 @@
 """LVIS v1: COCO's layout without file names, and federated labels.
 
-An image was searched only for its annotated categories and for those in `neg_category_ids` (verified absent);
-categories in `not_exhaustive_category_ids` may have further instances. Both go into the record's metadata, as names, so
-that prompts name only what is known and an evaluation can ignore the rest (Gupta et al. 2019, arXiv:1908.03195).
+Annotators searched an image only for its annotated categories and for those in `neg_category_ids` (verified absent).
+Categories in `not_exhaustive_category_ids` may have more instances. Both are stored in the record's metadata, as names,
+so that prompts list only known names and evaluation can ignore the rest (Gupta et al. 2019, arXiv:1908.03195).
 
-LVIS val holds images of COCO's train2017: the path comes from `coco_url`, below the image folder of the set.
+LVIS val contains images of COCO's train2017: the path comes from `coco_url`, below the image folder of the set.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from coordexp.records.sources.coco import ImageRow, as_id, instances_reading, lo
 
 
 def read(files: SplitFiles) -> Reading:
-    """LVIS v1; the image folder is the one that holds `train2017` and `val2017`."""
+    """Read LVIS v1; the image folder contains `train2017` and `val2017`."""
     instances = load_instances(files.path, names_images=False, polygons=files.polygons)
     for row in instances.rows.values():
         row["name"] = spoken_name(str(row["name"]))
@@ -48,7 +48,7 @@ def spoken_name(name: str) -> str:
 
 
 def frequency_of(row: dict[str, Any]) -> Frequency | None:
-    """How frequent a category is in the training images of LVIS; None if the file says nothing that is valid."""
+    """Frequency of a category in the training images of LVIS; None if the file has no valid value."""
     found = row.get("frequency")
     return found if found in get_args(Frequency) else None
 

@@ -1,10 +1,10 @@
-"""RefCOCO, RefCOCO+ and RefCOCOg: one record for each referring expression, answered by one box.
+"""RefCOCO, RefCOCO+ and RefCOCOg: one record per referring expression, with one box as the answer.
 
-Four forms are read; the original `refs(*.p)` is a pickle and is refused by name:
-* the refs as JSON, a list of {ref_id, ann_id, split, sentences}, with `instances.json` beside it (of the split asked);
+Four forms are supported; the original `refs(*.p)` is a pickle and is refused:
+* the refs as JSON, a list of {ref_id, ann_id, split, sentences}, next to an `instances.json`;
 * MDETR's `finetune_refcoco*_{train,val,...}.json`: COCO's layout with a `caption` on each image;
-* parquet with `image_path`, `captions` and `bbox` as corners (as jxu124/refcoco on the Hub);
-* parquet with `file_name`, `answer` and `bbox` as x, y, w, h (as lmms-lab/RefCOCO on the Hub).
+* parquet with `image_path`, `captions` and `bbox` as corners (such as jxu124/refcoco on the Hub);
+* parquet with `file_name`, `answer` and `bbox` as x, y, w, h (such as lmms-lab/RefCOCO on the Hub).
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from coordexp.records.sources.files import opened_parquet, read_json, refuse_pic
 
 INSTANCES = "instances.json"
 FORMS = "a list of refs, MDETR's finetune_refcoco*.json, or the Hub's parquet form"
-# A ref's file name carries the annotation's number: COCO_train2014_000000581857_16.jpg is an object of ..581857.jpg.
+# A ref's file name includes the annotation's number: COCO_train2014_000000581857_16.jpg is an object of ..581857.jpg.
 _OF_ANNOTATION = re.compile(r"(COCO_[a-z]+\d{4}_\d{12})_\d+(\.jpg)$")
 
 
 def read(files: SplitFiles) -> Reading:
-    """RefCOCO and its relatives; the image folder is the one that holds `COCO_train2014_*.jpg`."""
+    """Read RefCOCO and its variants; the image folder contains `COCO_train2014_*.jpg`."""
     refuse_pickle(files.path)
     if files.path.suffix == ".parquet":
         return _read_parquet(files)
@@ -46,12 +46,12 @@ def read(files: SplitFiles) -> Reading:
 
 
 def read_from(files: SplitFiles) -> list[Path]:
-    """The refs, and the annotations that they may mean."""
+    """The refs file, and the annotation file that it may refer to."""
     return [files.path, files.path.parent / INSTANCES]
 
 
 def plain_name(name: object) -> object:
-    """The COCO image of a ref's file name, without folders."""
+    """The COCO image for a ref's file name, without folders."""
     if not isinstance(name, str):
         return name
     return _OF_ANNOTATION.sub(r"\1\2", name.split("/")[-1])
@@ -61,7 +61,7 @@ def _question(
     files: SplitFiles, name: object, phrase: Any, box: Box | None, key: str, size: tuple[Any, Any] = (None, None),
     has_size: bool = True,
 ) -> SourceImage:  # fmt: skip
-    """One expression about one image."""
+    """One referring expression for one image."""
     return SourceImage(
         file_name=files.image_name(plain_name(name)),
         key=key,
@@ -136,7 +136,7 @@ def _read_parquet(files: SplitFiles) -> Reading:
     def images() -> Iterator[SourceImage]:
         number = 0
         with opened_parquet(files.path, FORMS) as table:
-            for batch in table.iter_batches(columns=list(columns)):  # never the embedded pictures
+            for batch in table.iter_batches(columns=list(columns)):  # never the embedded images
                 for row in batch.to_pylist():
                     for j, phrase in enumerate(_listed(row[columns[1]])):
                         name, box, key = row[columns[0]], box_of(row["bbox"]), f"row {number}, sentence {j}"

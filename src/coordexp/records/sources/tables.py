@@ -1,7 +1,7 @@
-"""CSV: boxes in a table, and Open Images, which is several tables.
+"""CSV: boxes in a table, and Open Images, which has several tables.
 
-Without a header, columns are those of RetinaNet: path, x1, y1, x2, y2, class; a path alone is a picture without an
-object. With a header, columns are found by their usual names (`COLUMNS`), in any order.
+Without a header, the columns are those of RetinaNet: path, x1, y1, x2, y2, class; a row with only a path is an image
+without objects. With a header, columns are found by their usual names (`COLUMNS`), in any order.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from coordexp.records.sources.base import (
 from coordexp.records.sources.files import is_readable, read_csv, shown
 from coordexp.records.sources.grouped import Grouped, rows_of
 
-LAYOUT = "a table of boxes: image, x1, y1, x2, y2, class, or with a header (docs/data.md lists the names of columns)"
+LAYOUT = "a table of boxes: image, x1, y1, x2, y2, class, or with a header (docs/data.md lists the column names)"
 COLUMNS: dict[str, tuple[str, ...]] = {
     "image": (
         "image", "filename", "file_name", "image_path", "path", "image_name", "img", "img_path", "file", "image_id",
@@ -53,14 +53,14 @@ COLUMNS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 RETINANET = ("image", "x1", "y1", "x2", "y2", "label")
 _SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
-OPEN_IMAGES = "Open Images' *-annotations-bbox.csv, with class-descriptions-boxable.csv beside it or above"
+OPEN_IMAGES = "Open Images' *-annotations-bbox.csv, with class-descriptions-boxable.csv in its folder or the parent"
 _DESCRIPTIONS = "*class-descriptions*.csv"
 _IMAGE_LABELS = "*imagelabels*.csv"
 Columns = Mapping[str, int]
 
 
 def read(files: SplitFiles) -> Reading:
-    """CSV; the image folder is the one that the paths of the table start from."""
+    """Read CSV; paths in the table are relative to the image folder."""
     columns, rows = opened_table(files.path)
     problems: list[Problem] = []
     numbers: dict[str, int] = {}
@@ -92,16 +92,16 @@ def read(files: SplitFiles) -> Reading:
 
 
 def opened_table(path: Path) -> tuple[Columns, Iterator[list[str]]]:
-    """Where the columns stand, and the rows behind the header; raises DataError if it is no table of boxes."""
+    """The column indices, and the rows after the header; raises DataError if it is not a table of boxes."""
     rows = read_csv(path, LAYOUT)
     first = next(rows, None)
     if first is None:
         raise DataError(f"{path}: is empty; expected {LAYOUT}.")
     names = [cell.lower().replace(" ", "_") for cell in first]
-    # Of several columns that could be one thing, the first of its usual names is it.
+    # If several columns match, the first of the usual names wins.
     columns = {key: names.index(known) for key, usual in COLUMNS.items() if (known := _first_of(usual, names))}
     if "w" not in columns and "x" in columns and "image_width" in columns and "x1" not in columns:
-        # x, y, width, height: sizes of boxes, unless the table has other columns for those.
+        # x, y, width, height: box sizes, unless the table has other columns for them.
         columns["w"], columns["h"] = columns.pop("image_width"), columns.pop("image_height", -1)
     boxes = {"x1", "y1", "x2", "y2"} <= columns.keys() or {"x", "y", "w", "h"} <= columns.keys() or "bbox" in columns
     if "image" in columns and boxes:
@@ -116,7 +116,7 @@ def _first_of(usual: tuple[str, ...], names: list[str]) -> str | None:
 
 
 def _is_object(cells: Mapping[str, str]) -> bool:
-    """Whether a row holds an object; one with a path alone says that the picture has none."""
+    """Whether a row has an object; a row with only a path means an image without objects."""
     return any(cells.get(key) for key in ("x1", "y1", "x2", "y2", "x", "y", "w", "h", "bbox", "label"))
 
 
@@ -143,11 +143,12 @@ def _box(cells: Mapping[str, str]) -> Box | None:
 
 
 def read_open_images(files: SplitFiles) -> Reading:
-    """Open Images; the image folder holds `<ImageID>.jpg`. Groups are crowds; names are absent only where verified."""
+    """Read Open Images; the image folder contains `<ImageID>.jpg`. Groups are crowd regions; only verified names count
+    as absent."""
     columns, rows = opened_table(files.path)
     described = _beside(files.path, _DESCRIPTIONS)
     if described is None:
-        raise DataError(f"{files.path}: no {_DESCRIPTIONS} beside it or above; expected {OPEN_IMAGES}.")
+        raise DataError(f"{files.path}: no {_DESCRIPTIONS} in its folder or the parent; expected {OPEN_IMAGES}.")
     names = {row[0]: row[1] for row in read_csv(described, OPEN_IMAGES) if len(row) >= 2 and row[0] != "LabelName"}
     numbers: dict[str, int] = {}
     grouped = Grouped()
@@ -183,14 +184,14 @@ def read_open_images(files: SplitFiles) -> Reading:
 
 
 def open_images_read_from(files: SplitFiles) -> list[Path]:
-    """Every table that says what is annotated in the split."""
+    """All tables with annotations of the split."""
     described = _beside(files.path, _DESCRIPTIONS)
     return [files.path, *([described] if described else []), *_image_labels(files.path)]
 
 
 def _unit_object(line: int, cells: dict[str, str]) -> SourceObject:
     flags = {key: "0" if cells.get(key) == "-1" else cells.get(key, "0") for key in ("iscrowd", "truncated")}
-    return replace(_object(line, cells | flags), side_units=1.0)  # -1: nobody looked
+    return replace(_object(line, cells | flags), side_units=1.0)  # -1 in the file: not annotated
 
 
 def _beside(path: Path, pattern: str) -> Path | None:
@@ -199,7 +200,7 @@ def _beside(path: Path, pattern: str) -> Path | None:
 
 
 def _absent(path: Path, names: Mapping[str, str], images: Mapping[str, int]) -> dict[str, list[str]]:
-    """Image -> names that somebody verified to be absent, where the table of image labels is beside the boxes."""
+    """Image -> names verified as absent, if the table of image labels is next to that of the boxes."""
     found: dict[str, set[str]] = {}
     for table in _image_labels(path):
         rows = read_csv(table, "Open Images' labels of images")

@@ -1,7 +1,7 @@
-"""Visual Genome: `objects.json` (names) or `region_descriptions.json` (phrases), with `image_data.json` beside it.
+"""Visual Genome: `objects.json` (names) or `region_descriptions.json` (phrases), next to `image_data.json`.
 
-Boxes are x, y, w, h in pixels. Images lie in `VG_100K` and `VG_100K_2`; which one is in the image's url. Annotations
-are exhaustive for nothing, so prompts may not claim that a name is absent.
+Boxes are x, y, w, h in pixels. Images are in `VG_100K` and `VG_100K_2`; the image's URL specifies the folder. The
+annotations are not exhaustive for any category, so no name is known to be absent.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ LAYOUT = "Visual Genome's objects.json or region_descriptions.json"
 
 
 def read(files: SplitFiles) -> Reading:
-    """Visual Genome; the image folder is the one that holds `VG_100K` and `VG_100K_2`."""
+    """Read Visual Genome; the image folder contains `VG_100K` and `VG_100K_2`."""
     entries = read_json(files.path, LAYOUT)
     if not isinstance(entries, list):
-        raise DataError(f"{files.path}: holds no list; expected {LAYOUT}.")
+        raise DataError(f"{files.path}: not a list; expected {LAYOUT}.")
     known = _image_data(files)
     problems: list[Problem] = []
 
@@ -67,7 +67,7 @@ def read(files: SplitFiles) -> Reading:
 
 
 def read_from(files: SplitFiles) -> list[Path]:
-    """Both files that say what is annotated."""
+    """Both files with annotations."""
     return [files.path, files.path.parent / IMAGE_DATA]
 
 
@@ -75,7 +75,7 @@ def _image_data(files: SplitFiles) -> dict[int, dict[str, Any]]:
     path = files.path.parent / IMAGE_DATA
     rows = read_json(path, "Visual Genome's image_data.json")
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise DataError(f"{path}: holds no list of images; expected Visual Genome's image_data.json.")
+        raise DataError(f"{path}: not a list of images; expected Visual Genome's image_data.json.")
     return {number: row for row in rows if (number := as_whole(row.get("image_id"))) is not None}
 
 

@@ -1,8 +1,8 @@
-"""Pascal VOC: one XML file an image. The annotation file is a list of image names, a folder of XML files, or one.
+"""Pascal VOC: one XML file per image. The annotation file is a list of image names, a folder of XML files, or one file.
 
-VOC counts pixels from 1 and names the first and last pixel of an object, so a box covers [xmin - 1, xmax]; the key
-`boxes: from_0` of a set reads it as tools write it that count from 0. Objects marked `difficult` are not counted in
-VOC's own evaluation: they become ignore regions, as crowds do.
+VOC counts pixels from 1 and stores the first and last pixel of an object, so a box covers [xmin - 1, xmax]. For files
+of tools that count from 0, set `boxes: from_0`. VOC's own evaluation ignores objects marked `difficult`: they become
+ignore regions, as crowd regions do.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from coordexp.records.sources.base import (
 from coordexp.records.sources.files import annotation_files, is_readable, read_text, read_xml, shown
 
 LAYOUT = "Pascal VOC's XML, with an <annotation>"
-LIST = "a list of image names, one a line, or a folder of XML files"
+LIST = "a list of image names, one per line, or a folder of XML files"
 _FOLDERS = ("Annotations", "annotations", "xml", "labels")
 
 
 def read(files: SplitFiles) -> Reading:
-    """VOC; the annotation file is the list, such as `ImageSets/Main/train.txt`, or the folder `Annotations`."""
+    """Read VOC; the annotation file is a list such as `ImageSets/Main/train.txt`, or the folder `Annotations`."""
     listed, problems = _listed(files), list[Problem]()
     if files.path.suffix.lower() == ".xml":
         read_xml(files.path, LAYOUT)
@@ -58,11 +58,11 @@ def read(files: SplitFiles) -> Reading:
 
 
 def _listed(files: SplitFiles) -> list[tuple[str, Path]]:
-    """Each image's name without its suffix, and its XML file."""
+    """The name of each image without its suffix, and its XML file."""
     if files.path.is_dir():
         paths = annotation_files(files.path, (".xml",))
         if not paths:
-            raise DataError(f"{files.path}: holds no XML file; expected {LIST}.")
+            raise DataError(f"{files.path}: has no XML file; expected {LIST}.")
         return [(path.relative_to(files.path).with_suffix("").as_posix(), path) for path in paths]
     if files.path.suffix.lower() == ".xml":
         return [(files.path.stem, files.path)]
@@ -70,20 +70,20 @@ def _listed(files: SplitFiles) -> list[tuple[str, Path]]:
     folders = _xml_folders(files)
     if not folders:
         raise DataError(
-            f"{files.root / _FOLDERS[0]}: no such folder, and no XML beside the images; expected Pascal VOC's XML."
+            f"{files.root / _FOLDERS[0]}: no such folder, and no XML next to the images; expected Pascal VOC's XML."
         )
     found = [_stem(line, folders) for line in lines]
     return [(stem, _xml(stem, folders)) for stem in found]
 
 
 def read_from(files: SplitFiles) -> list[Path]:
-    """Every file that says what is annotated in the split."""
+    """All files with annotations of the split."""
     listed = _listed(files)
     return [*([] if files.path.is_dir() else [files.path]), *(path for _, path in listed)]
 
 
 def _xml_folders(files: SplitFiles) -> list[Path]:
-    """Where XML files may lie: in a folder of their own, or beside the images."""
+    """The possible folders of XML files: a separate folder, or next to the images."""
     image_folder = files.root / files.images
     places = [place / name for place in (files.root, image_folder, image_folder.parent) for name in _FOLDERS]
     found = [p for p in dict.fromkeys([*places, image_folder, files.path.parent]) if p.is_dir()]
@@ -91,7 +91,7 @@ def _xml_folders(files: SplitFiles) -> list[Path]:
 
 
 def _stem(line: str, folders: Sequence[Path]) -> str:
-    """The image name of a line: all of it, without a suffix, or before the `1` or `-1` of a class's list."""
+    """The image name in a line: the whole line, without a suffix, or before the `1` or `-1` of a class list."""
     if is_readable(_xml(line, folders)):
         return line
     name, *flag = line.rsplit(maxsplit=1)
@@ -124,7 +124,7 @@ def _image(names: ImageNames, path: Path, stem: str) -> SourceImage:
 
 
 def _image_name(names: ImageNames, filename: str | None, stem: str) -> object:
-    """The picture with the stem of the XML file, as tools pair them; `filename` is stale in files that were renamed."""
+    """The image with the stem of the XML file, as tools pair them; `filename` can be stale in renamed files."""
     paired = names.of_stem(str(names.files.image_name(stem)))
     named = names.find((filename or "").strip() or f"{stem}.jpg")
     if paired and Path(paired).name != Path(str(named)).name:
@@ -148,7 +148,7 @@ def _object(node: ElementTree.Element, index: int) -> SourceObject:
 
 
 def _box(node: ElementTree.Element) -> Box | None:
-    """Corners counted from 0; where the box is missing, those around the polygon that some tools write."""
+    """Corners counted from 0; if the box is missing, the tight box of the polygon that some tools write."""
     found = [as_number(node.findtext(f"bndbox/{tag}")) for tag in ("xmin", "ymin", "xmax", "ymax")]
     values = [v for v in found if v is not None]
     if len(values) == 4:

@@ -1,9 +1,9 @@
-"""YOLO folders: a `data.yaml` with names, images, and for each image a label file of the same stem.
+"""YOLO folders: a `data.yaml` with names, images, and one label file per image with the same stem.
 
-A label file is found by replacing the last `images` in the path by `labels`, or lies beside the image. A line is
-`class cx cy w h` in fractions of width and height, with a confidence behind it in predictions, `class x1 y1 x2 y2 x3 y3
-...` for a polygon, or, where the data.yaml has a `kpt_shape`, a box with key points behind it, which are left out. An
-image without a label file holds no object.
+A label file is found by replacing the last `images` in the path with `labels`, or is next to the image. A line is
+`class cx cy w h` in fractions of width and height (in predictions, followed by a confidence), or `class x1 y1 x2 y2 x3
+y3 ...` for a polygon. If the data.yaml has a `kpt_shape`, keypoints follow the box; they are ignored. An image without
+a label file has no objects.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from coordexp.records.sources.base import (
 )
 from coordexp.records.sources.files import is_readable, read_text, read_yaml, shown
 
-LAYOUT = "the data.yaml of a YOLO data set, or a classes.txt with a name a line"
-POSE_IOU = 0.6  # of the box and the one around its key points; real polygons reach about .5
+LAYOUT = "the data.yaml of a YOLO data set, or a classes.txt with one name per line"
+POSE_IOU = 0.6  # IoU of the box with the tight box of its keypoints; real polygons reach about 0.5
 _SPLITS = {"train": ("train",), "val": ("val", "valid", "validation", "test")}
 
 
 def read(files: SplitFiles) -> Reading:
-    """YOLO; the annotation file is the `data.yaml`, the image folder that of the split, such as `images/train`.
+    """Read YOLO; the annotation file is the `data.yaml`, the image folder that of the split, such as `images/train`.
 
-    Where the image folder is the root, the `data.yaml` says where the images of the split are: in a folder, in several,
-    or in a text file that lists them.
+    If the image folder is the root, the `data.yaml` specifies the images of the split: one folder, several folders, or
+    a text file that lists the images.
     """
     described = _described(files.path)
     names, key_points = _names(described, files.path), _key_points(described, files.path)
@@ -61,14 +61,14 @@ def read(files: SplitFiles) -> Reading:
 
 
 def read_from(files: SplitFiles) -> list[Path]:
-    """Every file that says what is annotated in the split: also labels that belong to no image."""
+    """All files with annotations of the split, including label files without an image."""
     places = _places(files, _described(files.path))
     labels, others = _labels(files, places)
     return [files.path, *(p for p in places if not p.is_dir()), *labels.values(), *others]
 
 
 def _labels(files: SplitFiles, places: list[Path]) -> tuple[dict[str, Path], list[Path]]:
-    """Image -> where its labels are, or would be, in the order of names; and the label files of no image."""
+    """Image -> path of its label file, existing or not, in the order of names; and label files without an image."""
     images = sorted({path for place in places for path in _images_of(place, files.root)})
     labels = {name: _label(files.root, name) for name in images}
     known = set(labels.values())
@@ -77,7 +77,7 @@ def _labels(files: SplitFiles, places: list[Path]) -> tuple[dict[str, Path], lis
 
 
 def _places(files: SplitFiles, described: dict[str, Any]) -> list[Path]:
-    """Folders of images, and text files that list them."""
+    """Image folders, and text files that list images."""
     folder = files.root / files.images
     if folder.resolve() in (files.path.parent.resolve(), files.root.resolve()):
         key = next((key for key in _SPLITS[files.split] if described.get(key)), None)
@@ -91,7 +91,7 @@ def _listed(value: Any) -> list[Any]:
 
 
 def _own_place(value: str, files: SplitFiles, described: dict[str, Any]) -> Path:
-    """Where a path of the data.yaml leads to below the root; its first parts are often those of another machine."""
+    """The location below the root for a path in the data.yaml, whose first parts are often from another machine."""
     parts = [part for part in value.replace("\\", "/").split("/") if part not in ("", ".", "..")]
     home = files.path.parent
     starts = [home, files.root]
@@ -99,21 +99,21 @@ def _own_place(value: str, files: SplitFiles, described: dict[str, Any]) -> Path
         starts.insert(0, home / described["path"].replace("\\", "/"))
     for i in range(len(parts)):
         for start in starts:
-            place = Path(os.path.normpath(start.joinpath(*parts[i:])))  # a link may lead out of the root
+            place = Path(os.path.normpath(start.joinpath(*parts[i:])))  # not resolve(): a link may lead out of the root
             if place.exists() and place.is_relative_to(files.root):
                 return place
     raise DataError(
-        f"{files.path}: names the images {shown(value)}, which are not below {files.root}; expected them there."
+        f"{files.path}: lists the images {shown(value)}, which are not below {files.root}; expected them there."
     )
 
 
 def _images_of(place: Path, root: Path) -> Iterator[str]:
-    """Names of images relative to the root: of a folder, or as a text file lists them."""
+    """Image names relative to the root, from a folder or from a text file that lists them."""
     if place.is_dir():
         found = (p for p in files_below(place) if p.suffix.lower() in IMAGE_SUFFIXES)
         yield from (path.relative_to(root).as_posix() for path in found)
         return
-    for line in read_text(place, "a list of image files, one a line").splitlines():
+    for line in read_text(place, "a list of image files, one per line").splitlines():
         parts = [part for part in line.strip().replace("\\", "/").split("/") if part not in ("", ".", "..")]
         if parts:
             names = ["/".join(parts[i:]) for i in range(len(parts))]
@@ -124,21 +124,21 @@ def _images_of(place: Path, root: Path) -> Iterator[str]:
 
 
 def _label(root: Path, name: str) -> Path:
-    """The label file of an image: below `labels`, or beside it; its suffix may be in capitals."""
+    """The label file of an image: below `labels`, or next to the image; its suffix may be uppercase."""
     usual, beside = root / label_path(name), root / PurePosixPath(name).with_suffix(".txt")
     places = (place.with_suffix(suffix) for suffix in (".txt", ".TXT") for place in (usual, beside))
     return next((place for place in places if place.exists()), usual)
 
 
 def _label_files(place: Path, root: Path) -> Iterator[Path]:
-    """Every text file where labels of the images of a folder may lie."""
+    """All text files that may have labels for the images of a folder."""
     image = (place.relative_to(root) / "image").as_posix()
     for folder in dict.fromkeys((place, (root / label_path(image)).parent)):
         yield from (p for p in files_below(folder) if p.suffix.lower() == ".txt")
 
 
 def label_path(image_name: str) -> str:
-    """ "images/train/1.jpg" -> "labels/train/1.txt"; without a folder `images`, the label lies beside the image."""
+    """ "images/train/1.jpg" -> "labels/train/1.txt"; without a folder `images`, the label is next to the image."""
     parts = list(PurePosixPath(image_name).with_suffix(".txt").parts)
     folders = [i for i, part in enumerate(parts[:-1]) if part == "images"]
     if folders:
@@ -147,7 +147,7 @@ def label_path(image_name: str) -> str:
 
 
 def _described(path: Path) -> dict[str, Any]:
-    """What the annotation file says; a list of names alone is that of the classes."""
+    """The content of the annotation file; a plain list of names means the classes."""
     if path.suffix.lower() in (".txt", ".names"):
         return {"names": [line.strip() for line in read_text(path, LAYOUT).splitlines() if line.strip()]}
     return read_yaml(path, LAYOUT)
@@ -167,7 +167,7 @@ def _names(described: dict[str, Any], path: Path) -> dict[int, str]:
 
 
 def _key_points(described: dict[str, Any], path: Path) -> int:
-    """How many numbers of key points stand behind each box: the product of `kpt_shape`, 0 without one."""
+    """Number of keypoint values after each box: the product of `kpt_shape`, 0 without one."""
     shape = described.get("kpt_shape")
     if shape is None:
         return 0
@@ -178,12 +178,12 @@ def _key_points(described: dict[str, Any], path: Path) -> int:
 
 
 def _unused(labels: Iterable[Path], names: dict[int, str]) -> Iterator[Problem]:
-    """A problem for each label file that holds objects and belongs to no image."""
+    """A problem for each label file that has objects, but no image."""
     for path in labels:
         try:
             lines = read_text(path, "labels").splitlines()
         except DataError:
-            continue  # no label file: a list of classes, a readme
+            continue  # not a label file, but a list of classes or a readme
         count = sum(bool(values) and len(values) >= 5 and values[0] in names for values in map(_numbers, lines))
         if count:
             detail = f"{count} objects; no image has its labels here (docs/data.md: where labels lie)"
@@ -218,7 +218,7 @@ def _numbers(line: str) -> list[float]:
 
 
 def _geometry(values: list[float], key_points: int) -> tuple[Box | None, tuple[tuple[float, ...], ...]]:
-    """Box and polygons of the numbers behind the class; no box where the line is neither."""
+    """Box and polygons from the numbers after the class; no box if the line is neither."""
     has_confidence = len(values) == 5 and 0 <= values[4] <= 1 and not key_points
     if len(values) == 4 or has_confidence or (key_points and len(values) == 4 + key_points):
         cx, cy, w, h = values[:4]
@@ -229,10 +229,10 @@ def _geometry(values: list[float], key_points: int) -> tuple[Box | None, tuple[t
 
 
 def _is_pose(values: list[float]) -> bool:
-    """Whether the first four numbers are a box around the points behind them, so that the line is no polygon.
+    """Whether the first four numbers are a box around the following points, so that the line is not a polygon.
 
-    Key points may have a visibility of 2, which is no fraction of a side. The first corner of a polygon lies on its
-    outline, so a box that has its center there covers little of the polygon.
+    Keypoints may have a visibility of 2, which is not a fraction of a side. The first corner of a polygon is on its
+    outline, so a box centered there covers only a small part of the polygon.
     """
     if max(values[4:]) > 1.5 and max(values[:4]) <= 1:
         return True
