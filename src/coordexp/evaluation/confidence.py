@@ -46,8 +46,8 @@ def calibration_error(
 ) -> tuple[float | None, list[dict[str, Any]]]:
     """Expected calibration error over bins of equal mass: sum of n_b/N * |mean confidence - precision|.
 
-    Equal confidences share a bin, so there may be fewer bins than `n_bins`. The error is None, without bins, if there
-    is no prediction or if a score lies outside [0, 1] and is therefore not a probability.
+    Equal confidences share a bin, so there may be fewer bins than `n_bins`. The error is None, without bins,
+    without predictions or if a score lies outside [0, 1] and is therefore not a probability.
     """
     n = len(confidence_P)
     if not n or confidence_P.min() < 0 or confidence_P.max() > 1:
