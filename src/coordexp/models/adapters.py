@@ -57,6 +57,8 @@ def apply_tuning(
         ConfigError: the tuning method needs PEFT, which is not installed.
     """
     merge = _freeze(model, tuning) if tuning.method == "full" else _inject(model, tuning)
+    # The coordinate rows need a separate parameter if the table around them is frozen: always with adapters, and in
+    # full training if the language part is frozen.
     recomputed = _recompute(model, tuning)
     has_own_rows = tuning.method != "full" or tuning.language == "freeze"
     if has_own_rows:
@@ -129,6 +131,7 @@ def _inject(model: Qwen3VLForConditionalGeneration, tuning: TuningConfig) -> Cal
     wrapped = get_peft_model(model, config)
 
     def merge() -> None:
+        # W = W0 + (alpha / r) B A; safe_merge raises if the sum is not finite.
         wrapped.merge_and_unload(safe_merge=True)
         model.tie_weights()
 

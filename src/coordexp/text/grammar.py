@@ -70,6 +70,7 @@ class Pieces:
                 runs.append([])
             else:
                 runs[-1] += encoder.encode_segments([segment], end=False).ids.tolist()
+        # Two probe objects show every piece once:
         # opening name middle v s v s v s v again name middle v s v s v s v stop
         opening, middle, separator, again, stop = (tuple(runs[i]) for i in (0, 1, 2, 5, 10))
         end = tuple(encoder.encode_segments([]).ids.tolist())
@@ -139,6 +140,8 @@ class AnswerGrammar:
 
     def after_tail(self, tail: bytes) -> NDArray[np.bool_]:
         """Tokens that may follow inside a free name that ends with these bytes of an incomplete character, (V,)."""
+        # A byte-level token may end within a UTF-8 character. Only tokens that continue the incomplete character are
+        # allowed then, so that the answer is always valid UTF-8. There are few possible tails, so masks are cached.
         if tail not in self._continuations:
             allowed = np.zeros(self.n_tokens, dtype=bool)
             for i in self._plain_tokens if not tail else self._continuing_tokens:
