@@ -136,7 +136,7 @@ class AnswerGrammar:
     @cached_property
     def first_of_name(self) -> NDArray[np.bool_]:
         """Tokens that may start a free name because they contain a visible character, (V,)."""
-        return np.array([ok and _shows(self.bytes_of(i)) for i, ok in enumerate(self.after_tail(b""))])
+        return np.array([ok and _is_visible(self.bytes_of(i)) for i, ok in enumerate(self.after_tail(b""))])
 
     def after_tail(self, tail: bytes) -> NDArray[np.bool_]:
         """Tokens that may follow inside a free name that ends with these bytes of an incomplete character, (V,)."""
@@ -259,7 +259,7 @@ def utf8_tail(text: bytes) -> bytes | None:
     return None if tail[:1] == b"\xed" and tail[1:] >= b"\xa0" else tail
 
 
-def _shows(piece: bytes) -> bool:
+def _is_visible(piece: bytes) -> bool:
     """Whether a name that starts with this piece cannot become blank."""
     tail = utf8_tail(piece)
     assert tail is not None

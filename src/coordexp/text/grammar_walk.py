@@ -49,9 +49,9 @@ class AnswerWalk:
 
     def copy(self) -> AnswerWalk:
         """An independent copy of this walk, for beam search."""
-        twin = copy(self)
-        twin._box, twin._boxes_of = [*self._box], {name: [*boxes] for name, boxes in self._boxes_of.items()}
-        return twin
+        copied = copy(self)
+        copied._box, copied._boxes_of = [*self._box], {name: [*boxes] for name, boxes in self._boxes_of.items()}
+        return copied
 
     @property
     def ended(self) -> bool:
@@ -212,8 +212,8 @@ class AnswerWalk:
             candidates_K4 = np.column_stack([np.tile(self._box, (len(values_K), 1)), values_K])
             overlap_K = pairwise_iou(as_boxes(candidates_K4), as_boxes(earlier)).max(axis=1)
             fresh_K = allowed_K & (overlap_K <= decode.duplicate_iou)
-            least = values_K == np.where(allowed_K, overlap_K, np.inf).argmin()
-            allowed_K = fresh_K if fresh_K.any() else least
+            lowest = values_K == np.where(allowed_K, overlap_K, np.inf).argmin()
+            allowed_K = fresh_K if fresh_K.any() else lowest
         return allowed_K
 
     def _key(self) -> str:
