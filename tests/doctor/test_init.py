@@ -65,7 +65,7 @@ def test_every_format_goes_through_init_doctor_and_the_data_stages(clone: Path, 
     lines = init(tmp_path / "set")
     assert lines[0].startswith(f"{tmp_path / 'set'}: {fmt}: ")
     n_records = 14 * (2 if fmt in QUESTIONS else 1)
-    assert any(line.startswith(f"train: {n_records} pictures, 28 objects, ") for line in lines)
+    assert any(line.startswith(f"train: {n_records} images, 28 objects, ") for line in lines)
     assert any("about 1 minutes" in line for line in lines)
     assert lines[-2].startswith("next: coordexp doctor --profile mine")
     diagnosis = diagnose(run_of(), decode=True)

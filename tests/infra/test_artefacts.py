@@ -291,7 +291,7 @@ def outcome(kind: Kind, wanted: Any, path: Path, content: bytes) -> str:
 
 
 @pytest.mark.parametrize("flips", [FEW, pytest.param(MANY, marks=pytest.mark.faults)])
-def test_no_damage_is_read_silently(
+def test_damage_is_never_ignored(
     kinds: dict[str, Kind], flips: int, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     caplog.set_level(logging.ERROR)

@@ -266,7 +266,7 @@ def test_the_choice_for_dev_depends_on_each_image_alone(names, dev_images, twin,
     records = [Record(name, 64, 64, ()) for name in names]
     pictures = {content[name] for name in names}
     if dev_images >= len(pictures):
-        with pytest.raises(DataError, match=rf"records\.dev_images is {dev_images} of {len(pictures)}"):
+        with pytest.raises(DataError, match=rf"records\.dev_images is {dev_images}, but there are {len(pictures)}"):
             split_dev(records, dev_images, content)
         return
     train, dev = split_dev(records, dev_images, content)

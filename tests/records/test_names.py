@@ -52,7 +52,7 @@ def test_of_two_categories_with_one_name_the_unused_is_omitted(coco, tmp_path, n
     assert [(c.id, c.name) for c in result.categories()][:2] == [(1, "person"), (2, "traffic light")]
     assert f"0 {name!r}" in result.notes[0]
     stops, example = findings({"coco": coco_set(coco)})["category_unused"]
-    assert (stops, "1 'person' stays" in example) == (False, True)
+    assert (stops, "1 'person' is kept" in example) == (False, True)
 
 
 def test_two_unicode_forms_of_an_accent_are_one_name(coco, tmp_path):

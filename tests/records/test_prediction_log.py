@@ -45,7 +45,7 @@ def test_a_second_log_reads_what_the_first_wrote(tmp_path: Path) -> None:
         (SOURCE, "ee", "image changed"),
         (replace(SOURCE, settings=SOURCE.settings | {"codec": "tags"}), "ff", "settings changed: codec"),
         (replace(SOURCE, settings={"codec": "json", "find": 1}), "ff", "settings changed: find, max_new_tokens, sizes"),
-        (replace(SOURCE, checkpoint="4567"), "ee", "checkpoint changed and picture changed"),
+        (replace(SOURCE, checkpoint="4567"), "ee", "checkpoint changed and image changed"),
     ],
 )
 def test_an_answer_is_valid_only_if_everything_that_determined_it_is_unchanged(

@@ -36,7 +36,7 @@ SMALL_PARAMETERS = 50_000_000  # up to this size a model can train on a CPU: its
 SMALL, LARGE = "tiny", "base/qwen3vl"
 EMBEDDED_MODEL = "models/tiny-base"
 PASSES = 20  # passes of stage 1 over the training images, unless the extended profile has fewer steps
-LEAST_STEPS = 100
+MIN_STEPS = 100
 TIMED_SAMPLES = 64
 
 
@@ -188,7 +188,7 @@ def _sizes(base: Mapping[str, Any], n_train: int, samples: Sequence[Sample]) -> 
     pack_tokens = max(int(base["packing"]["pack_tokens"]), 32 * ceil(longest / 32))
     packs = max(1, ceil((n_train - dev) * sum(s.length for s in samples) / len(samples) / pack_tokens))
     stage1, stage2, monitor = base["stage1"], base["stage2"], base["monitor"]
-    steps = min(int(stage1["steps"]), max(LEAST_STEPS, ceil(PASSES * packs / stage1["packs_per_step"])))
+    steps = min(int(stage1["steps"]), max(MIN_STEPS, ceil(PASSES * packs / stage1["packs_per_step"])))
     steps2 = max(1, round(steps * stage2["steps"] / stage1["steps"]))
     return {
         "packing": {"pack_tokens": pack_tokens},

@@ -193,6 +193,7 @@ def _activation_bytes(config: Mapping[str, Any], tuning: TuningConfig, tokens: i
     of_input = {"language": 4 * tokens * t["hidden_size"], "vision": 4 * patches * v["hidden_size"]}
     depth = {"language": t["num_hidden_layers"], "vision": v["depth"] if tuning.vision == "train" else 0}
     again = {"language": tuning.activations == "recompute", "vision": tuning.vision_activations == "recompute"}
+    # A frozen vision tower runs without gradients and saves nothing, so its depth counts as 0.
     kept = sum(depth[part] * (of_input if again[part] else of_layer)[part] for part in depth)
     return kept + max((of_layer[part] for part in depth if again[part] and depth[part]), default=0)
 

@@ -26,8 +26,8 @@ from coordexp.training.loop import Callback, train
 from coordexp.training.schedule import step_items
 from coordexp.training.step import Criterion, TeacherTask
 
-MOST_SECONDS = 12.0  # maximum time for the steps, after loading the model
-MOST_STEPS = 6
+MAX_SECONDS = 12.0  # maximum time for the steps, after loading the model
+MAX_STEPS = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class _Clock(Callback):
     def on_step_end(self, done_steps: int) -> None:
         """Stop if the next step would exceed the time."""
         seconds = [row["time/step_s"] for row in read_rows(self._log_path)]
-        if sum(seconds) + min(seconds) > MOST_SECONDS:
+        if sum(seconds) + min(seconds) > MAX_SECONDS:
             raise _EnoughError
 
 
@@ -67,7 +67,7 @@ def timed_step(run: RunConfig, samples: Sequence[Sample]) -> StepTime:
     checkpoint = replace(checkpoint, detection=detection)
     checkpoint.model.to(world().device)  # type: ignore[arg-type]  # an untyped decorator
     apply_tuning(checkpoint.model, profile.tuning, vocabulary)
-    steps = {"steps": MOST_STEPS, "warmup_steps": 1, "log_every": MOST_STEPS, "grad_monitor_every": 0}
+    steps = {"steps": MAX_STEPS, "warmup_steps": 1, "log_every": MAX_STEPS, "grad_monitor_every": 0}
     optim = profile.stage1.model_copy(update=steps)
     lengths = np.array([sample.length for sample in samples])
     packs = plan_packs(lengths, profile.packing.pack_tokens, run.params.seed).packs
@@ -78,9 +78,9 @@ def timed_step(run: RunConfig, samples: Sequence[Sample]) -> StepTime:
                 writer.add(sample)
         source = SampleSource(SampleStore(folder / "samples.parquet"), make_encoder(checkpoint), "top_left", 0)
         collator = checkpoint.collator(_images(run, folder), profile.packing.pack_tokens)
-        chosen = step_items(len(packs), optim.packs_per_step, MOST_STEPS, run.params.seed, "stage1/order")
+        chosen = step_items(len(packs), optim.packs_per_step, MAX_STEPS, run.params.seed, "stage1/order")
         by_step = [[packs[i] for i in items] for items in chosen]
-        criterion = Criterion.stage1(run.params, vocabulary.first_id, MOST_STEPS)
+        criterion = Criterion.stage1(run.params, vocabulary.first_id, MAX_STEPS)
         task = TeacherTask(checkpoint.model, criterion, source, collator, by_step, own_slice(profile), 0)
         log_path = folder / TRAIN_LOG
         with suppress(_EnoughError):

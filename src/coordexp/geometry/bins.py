@@ -28,11 +28,13 @@ COORD_PATTERN = re.compile(r"<\|coord_(0|[1-9][0-9]{0,2})\|>")
 
 def encode_norm(coords: ArrayLike) -> NDArray[np.int64]:
     """Encode coordinates in [0, 1] as bins 0..999; values outside are clamped. The caller must exclude NaN."""
+    # float64: in float32, products near k + 0.5 could round to the wrong bin.
     return np.clip(np.rint(np.asarray(coords, dtype=np.float64) * NUM_BINS), 0, MAX_BIN).astype(np.int64)
 
 
 def decode_norm(bins: ArrayLike) -> NDArray[np.float64]:
     """Decode bins (integers, or fractions from a sub-bin readout) to coordinates in [0, 1)."""
+    # k / 1000, not (k + 0.5) / 1000: `encode_norm` rounds, so bin k is centered at k / 1000.
     return np.asarray(bins, dtype=np.float64) / NUM_BINS
 
 

@@ -151,6 +151,7 @@ def sealing(folder: Path) -> Iterator[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / HASHES).unlink(missing_ok=True)
     yield folder
+    # Hash the files as they are read back, not the data that were meant to be written.
     files = [path for path in folder.rglob("*") if path.is_file() and path.name != HASHES]
     write_hashes(folder, {path.relative_to(folder).as_posix(): file_sha256(path) for path in files})
 
@@ -221,4 +222,5 @@ def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def _row_sha256(row: Mapping[str, Any]) -> str:
+    # A canonical form, so that the hash does not depend on key order or white space in the file.
     return hashlib.sha256(json.dumps(row, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -49,6 +49,7 @@ class Modules:
             entries: dotted names of modules; a package means all its modules.
             left_out: modules that are neither hashed nor followed.
         """
+        # Names are part of the hash, so moving code between modules changes it; files are hashed by content, not path.
         digest = hashlib.sha256()
         for name in sorted(self.import_closure(*entries, left_out=left_out)):
             file = self.files[name]
@@ -125,6 +126,7 @@ def _write(node: object, parts: list[str], source: _Source) -> None:
         parts.append(f"({type(node).__name__}")
         for name in node._fields:
             value = getattr(node, name, None)
+            # Empty fields are omitted: newer versions of Python add fields, which are empty for old syntax.
             if value is not None and value != [] and name not in _SKIPPED_FIELDS:
                 parts.append(f" {name}=")
                 _write(value, parts, source)
@@ -138,6 +140,7 @@ def _write(node: object, parts: list[str], source: _Source) -> None:
 def _is_prose(node: object) -> bool:
     """Whether a statement changes no result: docstring, version, type-checking block, or parameter declaration."""
     match node:
+        # Any string statement counts as prose, not only the first one: attribute docstrings do not change results.
         case ast.Expr(value=ast.Constant(value=str())) | ast.Assign(targets=[ast.Name(id="__version__")]):
             return True
         case ast.If(test=ast.Name(id="TYPE_CHECKING"), orelse=[]):

@@ -51,7 +51,7 @@ def fetch(file: RemoteFile, folder: Path, say: Say) -> Path:
         return path
     folder.mkdir(parents=True, exist_ok=True)
     part = folder / f".{file.name}.part"
-    _check_room(file, part)
+    _check_disk_space(file, part)
     if file.source.startswith(PIP):
         _by_pip(file, part)
     else:
@@ -75,7 +75,7 @@ def _fault(file: RemoteFile, path: Path) -> str:
     )
 
 
-def _check_room(file: RemoteFile, part: Path) -> None:
+def _check_disk_space(file: RemoteFile, part: Path) -> None:
     needed, free = file.bytes - _size(part), shutil.disk_usage(part.parent).free
     if needed > free:
         raise DataError(
@@ -103,24 +103,24 @@ def _by_url(file: RemoteFile, part: Path, say: Say) -> None:
     """Download the rest of `part`; retry if the connection breaks."""
     for attempt in range(1, TRIES + 1):
         try:
-            _go_on(file, part, say)
+            _resume(file, part, say)
             return
         except _CUT_OFF as error:
             reason = str(getattr(error, "reason", error)) or type(error).__name__
-            if attempt == TRIES or _is_for_good(error, attempt):
+            if attempt == TRIES or _is_permanent(error, attempt):
                 raise _unreachable(file, part.parent, reason) from error
             say(f"{file.name}: {reason}; trying again from {_size(part):,} bytes")
             time.sleep(PAUSE_SECONDS * attempt)
 
 
-def _is_for_good(error: Exception, attempt: int) -> bool:
+def _is_permanent(error: Exception, attempt: int) -> bool:
     """Whether a retry is useless: the server refused, or was unreachable at the first attempt."""
     if isinstance(error, urllib.error.HTTPError):
         return error.code < 500
     return isinstance(error, urllib.error.URLError) and attempt == 1
 
 
-def _go_on(file: RemoteFile, part: Path, say: Say) -> None:
+def _resume(file: RemoteFile, part: Path, say: Say) -> None:
     """Use one connection to get the rest of the file, or all of it if the server does not support ranges."""
     if (have := _size(part)) >= file.bytes:
         return

@@ -2,8 +2,8 @@
 
 The order matters. rename(2) replaces a file atomically, but a journaling file system may commit the rename before the
 data of the new file. After a power failure the name would then refer to an empty or partial file. So the data are
-flushed first (`sync` of the file), then the rename, then the folder, which makes the new name itself durable. Pillai et
-al., "All File Systems Are Not Created Equal" (OSDI 2014), found the applications that skip one of these steps.
+flushed first (`sync` of the file), then the file is renamed, then the folder is flushed, which makes the new name
+durable. Pillai et al., "All File Systems Are Not Created Equal" (OSDI 2014), show how often applications fail at this.
 """
 
 from __future__ import annotations

@@ -73,6 +73,7 @@ def holding(folder: Path, what: str, *, waits: bool = True) -> Iterator[None]:
     Raises:
         BusyError: another process holds the folder.
     """
+    # True until the block ends well or is interrupted: every other exception removes the mark.
     handle, is_an_error = _acquired(folder, what, waits), True
     try:
         yield
@@ -163,6 +164,7 @@ def is_held(folder: Path) -> bool:
 
 def finish(folder: Path) -> None:
     """Remove a folder that this process holds and whose work is done, unless another process waits for it."""
+    # Waiting processes hold a shared lock on this file; if an exclusive one is granted, there are none.
     with suppress(FileNotFoundError), (folder / WAITING).open("r+") as handle:
         if not _flock(handle, fcntl.LOCK_EX):
             return

@@ -90,6 +90,7 @@ def _match_part(
     pred: Sequence[Boxes], gt: Sequence[Boxes], params: MatchingParams, semantic_R: NDArray[np.floating] | None
 ) -> list[MatchResult]:
     """Cost, gate, assignment and results of several images at once."""
+    # Cost and gate are computed for all pairs of all images in one pass; only the assignment is solved per image.
     rows = PairRows.of([len(boxes) for boxes in pred], [len(boxes) for boxes in gt])
     between = Pairs.of(np.concatenate(pred)[rows.pred_R], np.concatenate(gt)[rows.gt_R])
     allowed_R = gate_mask(between, params)
@@ -148,6 +149,7 @@ def _assign(rows: PairRows, cost_R: NDArray[np.float64], allowed_R: NDArray[np.b
     The images are ragged (N x M differs), so each is a block of consecutive rows that is reshaped for the solver:
     scipy's modified Jonker-Volgenant algorithm (Crouse 2016, doi:10.1109/TAES.2016.140952), exact in O(n^3).
     """
+    # `reduceat` needs non-empty pieces, so images without an allowed pair are left out of everything below.
     start = starts(rows.n_rows_I)
     n_allowed_I = np.diff(starts(allowed_R.astype(np.int64))[start]).astype(np.int64)
     some = np.flatnonzero(n_allowed_I)
@@ -167,6 +169,7 @@ def _assign(rows: PairRows, cost_R: NDArray[np.float64], allowed_R: NDArray[np.b
     ):
         pred_index, gt_index = linear_sum_assignment(solved_R[begin:end].reshape(-1, width))
         chosen.append(begin + pred_index * width + gt_index)
+    # The solver also returns forbidden pairs if it has no better partner for a row: drop them.
     chosen_C = np.concatenate(chosen)
     return chosen_C[allowed_R[chosen_C]]
 

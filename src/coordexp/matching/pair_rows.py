@@ -40,6 +40,7 @@ class PairRows:
         rows_of_pred_P = np.repeat(n_gt, n_pred)
         first_object_P = np.repeat(starts(n_gt)[:-1], n_pred)
         pred_R = np.repeat(np.arange(n_pred.sum()), rows_of_pred_P)
+        # Within the rows of one prediction, the object index runs from the first object of its image.
         gt_R = np.arange(len(pred_R)) - np.repeat(starts(rows_of_pred_P)[:-1] - first_object_P, rows_of_pred_P)
         return cls(n_pred, n_gt, pred_R, gt_R)
 

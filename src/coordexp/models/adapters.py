@@ -57,6 +57,8 @@ def apply_tuning(
         ConfigError: the tuning method needs PEFT, which is not installed.
     """
     merge = _freeze(model, tuning) if tuning.method == "full" else _inject(model, tuning)
+    # The coordinate rows need a separate parameter if the table around them is frozen: always with adapters, and in
+    # full training if the language part is frozen.
     recomputed = _recompute(model, tuning)
     has_own_rows = tuning.method != "full" or tuning.language == "freeze"
     if has_own_rows:
@@ -129,6 +131,7 @@ def _inject(model: Qwen3VLForConditionalGeneration, tuning: TuningConfig) -> Cal
     wrapped = get_peft_model(model, config)
 
     def merge() -> None:
+        # W = W0 + (alpha / r) B A; safe_merge raises if the sum is not finite.
         wrapped.merge_and_unload(safe_merge=True)
         model.tie_weights()
 
@@ -139,16 +142,16 @@ def merged_weights(model: Qwen3VLForConditionalGeneration) -> dict[str, Tensor] 
     """The merged weights of a model in training, on the CPU, without changing it; None if it has no adapters."""
     if not any(map(_is_wrapper, model.modules())):
         return None
-    on_cpu = {id(t): _cpu_twin(t) for t in (*model.parameters(), *model.buffers())}
+    on_cpu = {id(t): _cpu_copy(t) for t in (*model.parameters(), *model.buffers())}
     with torch.no_grad():
         # deepcopy with a memo of CPU copies: every tensor counts as copied, so none is duplicated on the device.
-        twin = copy.deepcopy(model, on_cpu)
-        _merge_in_place(twin)
-        twin.tie_weights()
-    return twin.state_dict()
+        merged = copy.deepcopy(model, on_cpu)
+        _merge_in_place(merged)
+        merged.tie_weights()
+    return merged.state_dict()
 
 
-def _cpu_twin(tensor: Tensor) -> Tensor:
+def _cpu_copy(tensor: Tensor) -> Tensor:
     clone = tensor.detach().to("cpu", copy=True)
     return nn.Parameter(clone, requires_grad=False) if isinstance(tensor, nn.Parameter) else clone
 

@@ -213,6 +213,7 @@ class _GroupedProducts(torch.autograd.Function):
     ) -> Tensor:
         gathered = [x.index_select(0, groups.rows) for x in (query, key, value)]
         out = torch.empty_like(gathered[0])
+        # Scores are stored per group, S * L * L in total instead of one T x T matrix per head.
         probabilities = []
         for q_SLD, k_SLD, v_SLD, out_SLD in zip(*(groups.pieces(x) for x in (*gathered, out)), strict=True):
             length = q_SLD.shape[1]

@@ -59,6 +59,7 @@ class CoordinateRows(nn.Module):
 
     def _embed(self, ids: Tensor) -> Tensor:
         at = ids - self._span.start
+        # Both lookups run for all tokens, and `where` selects: the gradient of each reaches only the selected tokens.
         is_coord = (at >= 0) & (at < len(self.rows))
         others = F.embedding(ids, self.base_layer.weight)
         own = F.embedding(at.clamp(0, len(self.rows) - 1), self.rows)
@@ -77,6 +78,7 @@ def train_rows_alone(model: Qwen3VLForConditionalGeneration, coord: CoordVocabul
     """Freeze embedding and head except for their coordinate rows, in place; tied tables share the rows."""
     language, span = model.model.language_model, slice(coord.first_id, coord.end_id)
     tables: tuple[Table, Table] = language.embed_tokens, model.lm_head
+    # Keyed by the identity of the weight: tied tables are one tensor and get one parameter.
     rows: dict[int, nn.Parameter] = {}
     for table in tables:
         weight = table.weight.requires_grad_(False)

@@ -31,6 +31,7 @@ def hidden_states(
     assert cache is None or model.model.language_model.config._attn_implementation == TEXT, (
         "use_segment_attention first"
     )
+    # `model.model` stops before the head: logits of all B * T positions would take far more memory than the slots.
     with packed():
         output = model.model(
             input_ids=batch.input_ids if inputs_embeds_BTD is None else None,

@@ -96,6 +96,7 @@ def patchify(rgb_HW3: NDArray[np.uint8], spec: PixelSpec) -> NDArray[np.float32]
     """
     height, width = rgb_HW3.shape[:2]
     p, m = spec.patch_size, spec.merge_size
+    # Rescaling and normalization as one multiplication and one subtraction, as in the processors of transformers.
     pixels = rgb_HW3.astype(np.float32) * (1.0 / (255.0 * PIXEL_STD)) - PIXEL_MEAN / PIXEL_STD
     grid = pixels.reshape(height // (p * m), m, p, width // (p * m), m, p, 3)
     # (block row, row in block, y, block column, column in block, x, channel) -> blocks, channel, y, x

@@ -93,6 +93,7 @@ class _Unpacked:
     """The samples that are not in a pack yet, by length."""
 
     def __init__(self, lengths: NDArray[np.integer], rng: np.random.Generator) -> None:
+        # Shuffle, then sort stably by length: samples of equal length end up in random order, which `pop` consumes.
         order = rng.permutation(len(lengths))
         order = order[np.argsort(lengths[order], kind="stable")]
         values, starts = np.unique(lengths[order], return_index=True)
@@ -105,6 +106,7 @@ class _Unpacked:
         pack: list[int] = []
         while self.lengths and self.lengths[0] <= room:
             longest = self.lengths[bisect_right(self.lengths, room) - 1]
+            # While three samples may fit, taking the longest is safe; the exact fit matters only for the last two.
             has_room_for_three = room - longest >= 2 * self.lengths[0]
             for length in (longest,) if has_room_for_three else self._fullest_two(room):
                 pack.append(self._take(length))

@@ -104,8 +104,8 @@ class Converted:
     def categories(self) -> list[Category]:
         """Every category that val may contain, and whether it is held out of training.
 
-        A category is held out if training does not contain it. If a file marks held-out categories itself, its marks
-        are used for the other categories, too. A single data set keeps the ids of its file.
+        A category is held out if training does not contain it. If a file marks held-out categories itself, its other
+        categories count as trained. A single data set keeps the ids of its file.
         """
         trained, found = (_descs(self.splits[split], self.workers) for split in SPLITS)
         declared = [c for categories in self.declared.values() for c in categories]

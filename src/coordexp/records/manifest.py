@@ -165,12 +165,12 @@ def content_of(name: object, facts: Mapping[str, ImageFacts]) -> str:
 
 def _chosen_for_val(facts: Mapping[str, ImageFacts], fraction: float) -> set[str]:
     """The contents with hashes below the fraction; at least one, and never all."""
-    contents = sorted({f.sha256 for f in facts.values() if not f.problem}, key=_place_in_line)
-    below = sum(_place_in_line(content) < fraction for content in contents)
+    contents = sorted({f.sha256 for f in facts.values() if not f.problem}, key=_hash_fraction)
+    below = sum(_hash_fraction(content) < fraction for content in contents)
     return set(contents[: min(max(below, 1), len(contents) - 1)])
 
 
-def _place_in_line(content: str) -> float:
+def _hash_fraction(content: str) -> float:
     return int.from_bytes(hashlib.sha256(f"val:{content}".encode()).digest()[:8], "big") / 2**64
 
 

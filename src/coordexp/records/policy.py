@@ -113,7 +113,7 @@ def _kept_images(
             continue
         known = facts[image.file_name]
         kept, is_complete = _kept_objects(image, known, config, result)
-        if _asks_for_nothing(image, kept, prompt == "phrase"):
+        if _lost_its_object(image, kept, prompt == "phrase"):
             if any("lost" not in o.metadata for o in kept):
                 result.problems.append(Problem("crowd", image.file, image.key, "the phrase means an ignore region"))
             elif not image.objects:
@@ -207,7 +207,7 @@ def _kept_objects(
     return list(kept.values()), is_complete
 
 
-def _asks_for_nothing(image: SourceImage, kept: Iterable[ObjectRecord], asks_phrases: bool) -> bool:
+def _lost_its_object(image: SourceImage, kept: Iterable[ObjectRecord], asks_phrases: bool) -> bool:
     """Whether a phrase has lost its object, so that the target answer would be empty.
 
     A source may state by a phrase without objects that the phrase matches nothing in the image; such a record stays.

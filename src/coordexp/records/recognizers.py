@@ -20,7 +20,7 @@ from coordexp.records.sources.files import is_readable, opened, opened_parquet, 
 from coordexp.records.sources.tables import opened_table
 
 HEAD_BYTES = 1 << 16
-LOOKED_AT = 50  # maximum number of files of one kind to open
+MAX_OPENED = 50  # maximum number of files of one kind to open
 _SPLIT_WORDS = {"train": "train", "training": "train", "trainval": "train", "val": "val", "valid": "val",
                 "validation": "val", "dev": "val", "test": "test", "testing": "test"}  # fmt: skip
 _WORD = re.compile(r"[a-z]+")
@@ -130,7 +130,7 @@ def _paired(names: Iterable[str]) -> tuple[str, str | None]:
 
 def _coco(folder: Folder) -> Iterator[Found]:
     found: dict[str, str] = {}
-    for name in folder.by_suffix[".json"][:LOOKED_AT]:
+    for name in folder.by_suffix[".json"][:MAX_OPENED]:
         text = folder.ends(name)
         is_instances = '"images"' in text and ('"annotations"' in text or '"categories"' in text)
         if is_instances and not any(word in name.rsplit("/", 1)[-1].lower() for word in _NO_BOXES):
@@ -169,7 +169,7 @@ def _coco_images(folder: Folder, fmt: Format, name: str, text: str, split: str) 
 
 
 def _yolo(folder: Folder) -> Iterator[Found]:
-    for name in [*folder.by_suffix[".yaml"], *folder.by_suffix[".yml"]][:LOOKED_AT]:
+    for name in [*folder.by_suffix[".yaml"], *folder.by_suffix[".yml"]][:MAX_OPENED]:
         try:
             described = read_yaml(folder.root / name, "YAML")
         except DataError:
@@ -212,7 +212,7 @@ def _resolves(folder: Folder, name: str, images: str) -> bool:
 
 def _xml(folder: Folder) -> Iterator[Found]:
     by_root: defaultdict[str, list[str]] = defaultdict(list)
-    for name in folder.by_suffix[".xml"][:LOOKED_AT]:
+    for name in folder.by_suffix[".xml"][:MAX_OPENED]:
         found = re.search(r"<(annotations?)\b", folder.ends(name))
         if found:
             by_root[found[1]].append(name)
@@ -259,7 +259,7 @@ def _voc_image(folder: Folder, xml_folder: str) -> str:
 
 def _labelme(folder: Folder) -> Iterator[Found]:
     marked = [n for n in folder.by_suffix[".json"] if n.count("/") < 4]
-    found = [n for n in marked[:LOOKED_AT] if '"shapes"' in (text := folder.ends(n)) and '"imagePath"' in text]
+    found = [n for n in marked[:MAX_OPENED] if '"shapes"' in (text := folder.ends(n)) and '"imagePath"' in text]
     if not found:
         return
     train, val = _paired(sorted({folder_name(n) for n in found}, key=lambda f: (f.count("/"), f)))
@@ -278,7 +278,7 @@ def _labelme(folder: Folder) -> Iterator[Found]:
 
 def _csv(folder: Folder) -> Iterator[Found]:
     tables, open_images = [], []
-    for name in folder.by_suffix[".csv"][:LOOKED_AT]:
+    for name in folder.by_suffix[".csv"][:MAX_OPENED]:
         head = folder.ends(name)[:200]
         if head.lstrip("\ufeff").startswith("ImageID,Source,LabelName") and "XMin" in head:
             open_images.append(name)
@@ -340,7 +340,7 @@ def _of_shards(name: str, names: list[str]) -> str:
 
 def _lines(folder: Folder) -> Iterator[Found]:
     kinds: defaultdict[Format, list[str]] = defaultdict(list)
-    for name in [*folder.by_suffix[".jsonl"], *folder.by_suffix[".json"]][: 2 * LOOKED_AT]:
+    for name in [*folder.by_suffix[".jsonl"], *folder.by_suffix[".json"]][: 2 * MAX_OPENED]:
         text = folder.ends(name)[:HEAD_BYTES]
         if (
             '"images"' in text

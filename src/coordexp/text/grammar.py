@@ -70,6 +70,7 @@ class Pieces:
                 runs.append([])
             else:
                 runs[-1] += encoder.encode_segments([segment], end=False).ids.tolist()
+        # Two probe objects show every piece once:
         # opening name middle v s v s v s v again name middle v s v s v s v stop
         opening, middle, separator, again, stop = (tuple(runs[i]) for i in (0, 1, 2, 5, 10))
         end = tuple(encoder.encode_segments([]).ids.tolist())
@@ -135,10 +136,12 @@ class AnswerGrammar:
     @cached_property
     def first_of_name(self) -> NDArray[np.bool_]:
         """Tokens that may start a free name because they contain a visible character, (V,)."""
-        return np.array([ok and _shows(self.bytes_of(i)) for i, ok in enumerate(self.after_tail(b""))])
+        return np.array([ok and _is_visible(self.bytes_of(i)) for i, ok in enumerate(self.after_tail(b""))])
 
     def after_tail(self, tail: bytes) -> NDArray[np.bool_]:
         """Tokens that may follow inside a free name that ends with these bytes of an incomplete character, (V,)."""
+        # A byte-level token may end within a UTF-8 character. Only tokens that continue the incomplete character are
+        # allowed then, so that the answer is always valid UTF-8. There are few possible tails, so masks are cached.
         if tail not in self._continuations:
             allowed = np.zeros(self.n_tokens, dtype=bool)
             for i in self._plain_tokens if not tail else self._continuing_tokens:
@@ -256,7 +259,7 @@ def utf8_tail(text: bytes) -> bytes | None:
     return None if tail[:1] == b"\xed" and tail[1:] >= b"\xa0" else tail
 
 
-def _shows(piece: bytes) -> bool:
+def _is_visible(piece: bytes) -> bool:
     """Whether a name that starts with this piece cannot become blank."""
     tail = utf8_tail(piece)
     assert tail is not None

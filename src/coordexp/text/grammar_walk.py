@@ -49,9 +49,9 @@ class AnswerWalk:
 
     def copy(self) -> AnswerWalk:
         """An independent copy of this walk, for beam search."""
-        twin = copy(self)
-        twin._box, twin._boxes_of = [*self._box], {name: [*boxes] for name, boxes in self._boxes_of.items()}
-        return twin
+        copied = copy(self)
+        copied._box, copied._boxes_of = [*self._box], {name: [*boxes] for name, boxes in self._boxes_of.items()}
+        return copied
 
     @property
     def ended(self) -> bool:
@@ -98,6 +98,7 @@ class AnswerWalk:
         return grammar.value_cost + grammar.cost_after_value(len(self._box))
 
     def _advance_branches(self, token_id: int) -> None:
+        # Several branches can share a prefix of tokens (`]}` of "again" and "stop"): keep all that still match.
         live = [b for b in self._branches if b.ids[self._taken] == token_id]
         assert live, f"token {token_id} is not allowed here"
         self._branches, self._taken = live, self._taken + 1
@@ -134,6 +135,7 @@ class AnswerWalk:
         if not self._name:
             return grammar.first_of_name
         mask = grammar.after_tail(tail).copy()
+        # When name length or budget run out, the name may only be completed: first its last character, then `middle`.
         needed = 1 + UTF8_RESERVE + len(grammar.pieces.middle) + grammar.cost_after_middle
         if self._name_tokens >= MAX_NAME_TOKENS or self._remaining < needed:
             mask &= grammar.single_bytes if tail else False
@@ -159,6 +161,7 @@ class AnswerWalk:
         value = self._grammar.value_of.get(self._prefix)
         if value is None or not allowed_K[value]:
             return tokens
+        # The prefix is a complete value already ("12" of "123"): the next piece may follow, too.
         after = np.zeros(self._grammar.n_tokens, dtype=bool)
         self._allow_branches(after, self._after_value(), 0)
         return np.concatenate([tokens, np.flatnonzero(after)])
@@ -209,8 +212,8 @@ class AnswerWalk:
             candidates_K4 = np.column_stack([np.tile(self._box, (len(values_K), 1)), values_K])
             overlap_K = pairwise_iou(as_boxes(candidates_K4), as_boxes(earlier)).max(axis=1)
             fresh_K = allowed_K & (overlap_K <= decode.duplicate_iou)
-            least = values_K == np.where(allowed_K, overlap_K, np.inf).argmin()
-            allowed_K = fresh_K if fresh_K.any() else least
+            lowest = values_K == np.where(allowed_K, overlap_K, np.inf).argmin()
+            allowed_K = fresh_K if fresh_K.any() else lowest
         return allowed_K
 
     def _key(self) -> str:

@@ -132,10 +132,13 @@ class TokenTable:
         # Reserved characters begin with a UTF-8 lead byte, so one decode of all bytes equals decoding run by run.
         decoded = b"".join(pieces).decode("utf-8", _SIZED_REPLACE)
         code = np.frombuffer(decoded.encode("utf-32-le", "surrogatepass"), dtype="<u4").astype(np.int64)
+        # The number of UTF-8 bytes of each character, or of the invalid bytes that a replacement covers, gives the byte
+        # offset and with it the token of each character.
         is_broken = (code >= _SIZE_BASE) & (code < PRIVATE_FIRST)
         n_bytes = 1 + (code >= 0x80) + (code >= 0x800) + (code >= 0x10000)
         n_bytes = np.where(is_broken, code - _SIZE_BASE, n_bytes)
         token_of = token_of_byte[np.cumsum(n_bytes) - n_bytes]
+        # Private-use characters that come from text tokens, not from the table, are forged.
         is_private = (code >= PRIVATE_FIRST) & (code <= PRIVATE_LAST)
         is_forged = is_private & ~self.is_reserved[ids[token_of]]
         shown = np.where(is_broken | is_forged, _REPLACEMENT, code)
