@@ -82,7 +82,7 @@ def test_an_experiment_from_plan_to_result(toy: Toy, call: Call) -> None:
     assert all(word in table for word in ("softce_weight-0.2", "softce_weight=0.2", "better"))
     assert "stage2                 softce_weight changed; about" in call("run", "-S", "softce_weight=0.4", "--dry").out
     taken = call("run", "-S", "softce_weight=0.4", "--name", "softce_weight-0.2")
-    assert (taken.code, "taken by another experiment" in taken.err) == (2, True)
+    assert (taken.code, "another experiment has this name" in taken.err) == (2, True)
     assert toy.ran() == []
 
 
@@ -176,7 +176,7 @@ def test_without_results_the_commit_runs_first(toy: Toy, call: Call, tmp_path: P
     toy.succeed("git", "clone", "--quiet", str(toy.root), str(tmp_path / "fresh"))
     monkeypatch.chdir(tmp_path / "fresh")
     plan = call("run", "-S", "softce_weight=0.2", "--dry").out
-    assert "main has no results that can be had: it runs first" in plan
+    assert "the results of main are not available: it runs first" in plan
     assert [line.split()[0] for line in plan.partition("experiment  ")[2].splitlines() if "  " in line[:2]] == [
         "stage2", "decode@stage1-control", "decode@stage2", "coco-eval", "report", "at"
     ]  # fmt: skip

@@ -126,7 +126,7 @@ def test_each_state_is_evaluated_with_its_weights_on_the_same_images(ready, tmp_
 
 
 def test_the_newest_state_of_the_stage_is_found_and_the_control_is_another_stage(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no state of stage1"):
+    with pytest.raises(DataError, match="no saved state of stage1"):
         find_state(tmp_path, "stage1")
     for age, name in enumerate(("stage1-control-cccc", "stage1-bbbb", "stage1-aaaa")):
         saved = tmp_path / ".resume" / name / generation_name(1)

@@ -84,7 +84,7 @@ def test_repetitions_vary_what_the_key_reaches(plan: MakePlan, key: str, seeds: 
         (["stage2.seed=1,2"], "use --seeds"),
         (["configs/tiny.yaml:stage2.steps=many"], "stage2.steps: found 'many'"),
         (["configs/tiny.yaml:stage2.step=5"], "stage2.step: unknown key"),
-        (["configs/smoke.yaml:stage2.steps=5"], "other files change nothing"),
+        (["configs/smoke.yaml:stage2.steps=5"], "the stages read only"),
         (["profile=smoke"], "within one profile"),
         (["sigma=[1"], "not YAML"),
     ],

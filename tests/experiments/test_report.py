@@ -62,7 +62,7 @@ def test_identical_runs_report_no_detectable_effect() -> None:
     tree = numbers(0.0, 0.0, 0.0, "the same in every resample and seed")
     sentence = verdict_sentence(tree["effects"][0], tree)
     assert "the change has no effect on val" in sentence
-    assert "could have shown" not in sentence
+    assert "minimum detectable effect" not in sentence
 
 
 def test_an_undefined_metric_gives_no_verdict() -> None:
@@ -103,4 +103,4 @@ def test_arms_with_looping_answers_get_no_verdict() -> None:
     row["faults"] = {"ab-x-s0": ["30 % of the answers loop"]}
     sentence = verdict_sentence(row, tree)
     assert "**not judged**" in sentence
-    assert sentence.endswith("because of the answers of ab-x-s0: 30 % of the answers loop.")
+    assert sentence.endswith("because of faulty answers in ab-x-s0: 30 % of the answers loop.")

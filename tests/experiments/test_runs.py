@@ -90,14 +90,14 @@ def test_a_dry_run_lists_existing_runs_and_the_cost_of_the_others(toy: Toy) -> N
     repository = Repository(toy.root, print)
     toy.ran()
     lines = forecast(repository, prepare(repository, study))
-    assert lines[0].startswith("softce_weight=0.2, seed 0: there already, as ab-x-softce-weight-0.2")
+    assert lines[0].startswith("softce_weight=0.2, seed 0: exists as ab-x-softce-weight-0.2")
     assert lines[1:4] == [
         "softce_weight=0.4, seed 0: stage2, decode@stage2",
         "softce_weight=0.2, seed 1: stage2, decode@stage2",
         "softce_weight=0.4, seed 1: stage2, decode@stage2",
     ]
     assert lines[4].startswith("4 runs; at most ")
-    assert "never measured" not in lines[4]
+    assert "without a measured time" not in lines[4]
     assert toy.ran() == []
 
 

@@ -99,7 +99,7 @@ def test_rollouts_survive_the_file(world, checkpoint, tmp_path):
     lines = path.read_text().splitlines()
     for damaged in ("{", "[]", lines[0].replace('"stop"', '"end"'), lines[0].replace("[", "[-")):
         path.write_text("\n".join([lines[1], damaged]))
-        with pytest.raises(DataError, match=r"rollouts\.jsonl:2: (no rollout|not valid JSON)"):
+        with pytest.raises(DataError, match=r"rollouts\.jsonl:2: (not a rollout|not valid JSON)"):
             read_generations(path, 10**6)
     path.write_text(lines[0])
     with pytest.raises(DataError, match="expected ids below 3"):

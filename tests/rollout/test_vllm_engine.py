@@ -300,7 +300,7 @@ def test_only_servers_with_invalid_replies_end_the_run_with_one_message(world: W
         message = str(caught.value)
         assert all(f"{server.url}: " in message for server in servers)
     assert "not JSON" in message
-    assert "no JSON object: null" in message
+    assert "not a JSON object: null" in message
     assert message.isprintable()
     assert not journal.exists()
 

@@ -64,14 +64,14 @@ def test_an_incomplete_launcher_environment_is_rejected(started, monkeypatch, mi
     for name, value in WORLD.items():
         if name != missing:
             monkeypatch.setenv(name, value)
-    with pytest.raises(ConfigError, match=f"WORLD_SIZE 2, but not {missing}"):
+    with pytest.raises(ConfigError, match=f"WORLD_SIZE to 2, but not {missing}"):
         run_in_processes(1)
 
 
 @pytest.mark.parametrize("size", ["", "two", "0", "-1"])
 def test_an_invalid_number_of_processes_is_rejected(started, monkeypatch, size):
     monkeypatch.setenv("WORLD_SIZE", size)
-    with pytest.raises(ConfigError, match="expected the number of processes"):
+    with pytest.raises(ConfigError, match="expected a number of processes"):
         run_in_processes(1)
 
 

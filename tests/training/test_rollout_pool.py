@@ -197,7 +197,7 @@ def test_servers_get_the_current_weights(workspace, world, tmp_path, monkeypatch
 def test_fresh_rollouts_from_external_servers_are_rejected(ready):
     rollout = {"rollout__engine": "vllm", "rollout__servers": ["http://gpu-3:8000"]}
     space = replace(ready, profile=changed(ready.profile, **rollout)).set(stage2__refresh_steps=2)
-    with pytest.raises(ConfigError, match=r"rollout\.servers is \['http://gpu-3:8000'\]: no server elsewhere"):
+    with pytest.raises(ConfigError, match=r"rollout\.servers is \['http://gpu-3:8000'\]: external servers do not"):
         train_stage2(space)
 
 
