@@ -142,7 +142,7 @@ def test_only_the_last_evaluation_of_a_stage_is_read(data: ReportData) -> None:
 def test_contexts_and_stages_are_compared_on_the_same_objects(
     data: ReportData, question: str, stage1: Any, control: Any, stage2: Any, words: str
 ) -> None:
-    """(A1, own) of each stage, more or less. Objects of one side alone would reverse every answer; they do not count."""
+    """(A1, own) of each stage, more or less; objects of one side alone would reverse every answer."""
     rows = {
         stage: [
             reading(STEPS[stage], i, A1=[a1 + (-1) ** i, a1], own=[own - (-1) ** i, alone])
