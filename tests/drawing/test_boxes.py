@@ -27,7 +27,7 @@ def test_small_pictures_are_enlarged(side: int, scale: int) -> None:
     assert readable_scale(side, side // 2) == scale
 
 
-def test_a_box_is_drawn_at_its_scaled_place() -> None:
+def test_a_box_is_drawn_at_its_scaled_position() -> None:
     picture = draw_detections(blank(100, 80), [[10, 30, 60, 70]], [""], styles=[GREEN], scale=3)
     assert picture.size == (300, 240)
     rows, columns = painted(picture, GREEN.colour).T
@@ -87,7 +87,7 @@ def test_labels_of_a_crowd_do_not_cover_each_other() -> None:
             assert min(ax2, bx2) <= max(ax1, bx1) or min(ay2, by2) <= max(ay1, by1)
 
 
-def test_a_label_never_covers_another_while_there_is_a_free_place() -> None:
+def test_a_label_covers_another_only_without_free_space() -> None:
     """Boxes on top of each other leave no free place that touches them; the picture has many."""
     same = [(100.0, 80.0, 160.0, 120.0)] * 14
     placed: list[tuple[float, float, float, float]] = []
@@ -100,7 +100,7 @@ def test_a_label_never_covers_another_while_there_is_a_free_place() -> None:
 
 @pytest.mark.parametrize("shift", [0, 1, 3])
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
-def test_neither_of_two_boxes_at_one_place_hides_the_other(shift: int, order: tuple[int, int]) -> None:
+def test_two_boxes_at_the_same_position_are_both_visible(shift: int, order: tuple[int, int]) -> None:
     red = BoxStyle((204, 30, 32))
     boxes = [[20, 20, 90, 90], [20 + shift, 20, 90 + shift, 90]]
     styles = [GREEN, red]

@@ -19,7 +19,7 @@ def test_two_panels_are_next_to_each_other_between_titles_and_legend() -> None:
     assert (pixels[BAR_PX : BAR_PX + 30, 400 + GAP_PX :] == BLUE).all()
 
 
-def test_of_three_panels_the_first_has_a_row_for_itself_and_the_legend_beside_it() -> None:
+def test_of_three_panels_the_first_has_its_own_row_with_the_legend() -> None:
     panels = [(name, Image.new("RGB", (400, 200), colour)) for name, colour in (("a", RED), ("b", BLUE), ("c", GREEN))]
     pixels = np.asarray(side_by_side(panels, CAUSES))
     assert pixels.shape == (2 * (BAR_PX + 200), 400 + GAP_PX + 400, 3)

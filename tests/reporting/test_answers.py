@@ -57,10 +57,10 @@ def test_only_an_unshown_difference_suggests_more_seeds(data: ReportData, inputs
     assert all("control shown" not in s.rule for s in better)
 
 
-def test_a_share_of_the_loss_asks_for_weights_that_count_and_answers_nothing(
+def test_a_small_fraction_of_the_loss_suggests_larger_weights_and_answers_no_question(
     data: ReportData, inputs: ReportInputs
 ) -> None:
-    row = answer(data, "W1 matter")
+    row = answer(data, "Does W1 have an effect")
     assert "**not shown**" in row
     assert "only an A/B test" in row
     assert any("w1_weight=0.1,1,10" in s.command for s in suggestions(data))
@@ -142,7 +142,7 @@ def test_only_the_last_evaluation_of_a_stage_is_read(data: ReportData) -> None:
 def test_contexts_and_stages_are_compared_on_the_same_objects(
     data: ReportData, question: str, stage1: Any, control: Any, stage2: Any, words: str
 ) -> None:
-    """(A1, own) of each stage, more or less. Objects that one side lacks would reverse every answer, and do not count."""
+    """(A1, own) of each stage, more or less; objects of one side alone would reverse every answer."""
     rows = {
         stage: [
             reading(STEPS[stage], i, A1=[a1 + (-1) ** i, a1], own=[own - (-1) ** i, alone])
@@ -208,7 +208,7 @@ def test_the_score_ranks_well_only_with_an_interval_and_enough_map_to_rank(
     assert words in answer(dataclasses.replace(data, metrics=metrics), "rank well")
 
 
-def test_every_comparison_says_what_improved_and_what_shows_no_difference(data: ReportData) -> None:
+def test_every_comparison_lists_what_improved_and_what_shows_no_difference(data: ReportData) -> None:
     lines = improved_and_flat(data)
     assert len(lines) == len(data.comparison)
     assert any("improved: " in line for line in lines)
@@ -235,5 +235,5 @@ def test_every_suggested_ab_test_is_one_that_can_be_run(
         assert plan_study(grid_study([command.split(" ")[3]], command), repository).seed_keys
 
 
-def test_no_rule_fired_is_said() -> None:
+def test_a_sentence_replaces_the_table_if_no_rule_fires() -> None:
     assert suggestions_table([]) == "No rule suggests an experiment."

@@ -34,12 +34,12 @@ def answered(number: int, probe: str, asked: str, *found: tuple[str, tuple[float
         ([("red cat", NEAR), ("red cat", FAR)], 0),
     ],
 )
-def test_every_object_of_the_name_is_found_and_nothing_else(found, right) -> None:
+def test_a_correct_answer_has_every_object_of_the_name_and_no_other_box(found, right) -> None:
     (kind,) = choose_asked([answered(1, "one", "red cat", *found)], CATEGORIES, 17)
     assert (kind.n_right, kind.n_all, kind.shown is not None) == (right, 1, bool(right))
 
 
-def test_only_names_that_no_training_wrote_and_absent_ones_count() -> None:
+def test_only_unseen_and_absent_categories_count() -> None:
     results = [
         answered(1, "one", "blue cat", ("blue cat", FAR)),
         answered(2, "easy", "cat"),
@@ -53,7 +53,7 @@ def test_only_names_that_no_training_wrote_and_absent_ones_count() -> None:
     assert kind.shown == answered(4, "hard", "cat")
 
 
-def test_the_same_pictures_come_first_whatever_else_is_right() -> None:
+def test_the_preferred_images_do_not_depend_on_other_answers() -> None:
     right = [answered(n, "hard", "cat") for n in range(20)]
     (every,) = choose_asked(right, CATEGORIES, 17)
     wrong = [answered(n, "hard", "cat", ("cat", BOX)) for n in range(0, 20, 2) if n != every.shown.image_id]

@@ -66,13 +66,13 @@ WORSE = {"delta": -0.1, "lo": -0.2, "hi": -0.05, "p_superior": 0.0}
 @pytest.mark.parametrize(
     ("claim", "field", "edit"),
     [
-        ("metrics.json counts", "metrics", set_metric("stage2", "f1.tp_50", 1)),
+        ("The counts in metrics.json", "metrics", set_metric("stage2", "f1.tp_50", 1)),
         ("At least 99 % of the answers", "metrics", set_metric("stage2", "parse.parse_rate", 0.5)),
-        ("Every checkpoint found something", "metrics", set_metric("stage1", "coco.n_pred", 0)),
-        ("Where a coordinate belongs", "logs", lose_mass),
+        ("Every checkpoint predicts at least one box", "metrics", set_metric("stage1", "coco.n_pred", 0)),
+        ("In training, coordinate tokens", "logs", lose_mass),
         ("Every step is logged once", "logs", lose_a_step),
         ("softCE minus KL", "logs", raise_softce),
-        ("The control trained on as much", "metadata", set_in("stage1-control", "tokens", to=5)),
+        ("The control trained on at least 90 %", "metadata", set_in("stage1-control", "tokens", to=5)),
         ("No checkpoint exceeds the upper bound", "upper_bound", set_in("mAP", to=0.001)),
         ("Stage 1 is better than the base", "comparison", set_in("stage1_vs_base", "coco.AP50", to=WORSE)),
         ("Stage 2 is not shown to be worse", "comparison", set_in("stage2_vs_stage1", "coco.mAP", to=WORSE)),
@@ -97,12 +97,12 @@ def test_a_broken_claim_is_found(
 def test_the_channel_schedule_is_counted(loaded: tuple[ReportData, dict[str, Outcomes]]) -> None:
     data, outcomes = loaded
     run = dataclasses.replace(data.run, params=changed(data.run.params, stage2__b_ratio=0.29))
-    check = checks_by_claim(dataclasses.replace(data, run=run), outcomes)["Channel B got its share of steps"]
+    check = checks_by_claim(dataclasses.replace(data, run=run), outcomes)["Channel B had its fraction of the steps"]
     assert (check.passed, check.mark) == (False, "✘")
     assert check.evidence == "15 of 30 steps, planned 8"
 
 
-def test_what_the_files_do_not_tell_is_marked_so(loaded: tuple[ReportData, dict[str, Outcomes]]) -> None:
+def test_what_the_files_do_not_determine_has_a_question_mark(loaded: tuple[ReportData, dict[str, Outcomes]]) -> None:
     data, outcomes = loaded
     anonymous = {name: [dataclasses.replace(r, identity={}) for r in rows] for name, rows in data.results.items()}
     checks = checks_by_claim(dataclasses.replace(data, results=anonymous), outcomes)

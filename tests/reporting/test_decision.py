@@ -79,7 +79,7 @@ def test_a_stage_1_that_is_no_better_than_the_base_ends_the_decision(data: Repor
     assert lines[0].startswith("**Nothing was learned**: stage 1 is not shown to be better than the base model")
 
 
-def test_the_headline_states_what_could_have_been_shown(data: ReportData) -> None:
+def test_the_headline_gives_the_minimum_detectable_difference(data: ReportData) -> None:
     row = {"delta": 0.0042, "lo": -0.008, "hi": 0.0161, "p_superior": 0.75}
     comparison = {"stage2_vs_control": {"coco.mAP": row, "f1.full_50": row}}
     line = headline(dataclasses.replace(data, comparison=comparison), "stage2_vs_control")
@@ -87,7 +87,7 @@ def test_the_headline_states_what_could_have_been_shown(data: ReportData) -> Non
     assert "difference +0.004 [-0.008, +0.016]; minimum detectable difference about 0.012" in line
 
 
-def test_five_rows_and_the_dearest_error_first(data: ReportData) -> None:
+def test_five_rows_and_the_costliest_error_first(data: ReportData) -> None:
     assert len(main_table(data).splitlines()) == 2 + 5
     rows = [line.strip("|").split(" | ") for line in error_budget(data).splitlines()[2:]]
     costs = [float(row[3]) for row in rows]

@@ -99,7 +99,7 @@ def test_samples_have_the_fields_of_the_page(fake: Fake, picture: Path) -> None:
     assert fake.deleted == ["new"]
 
 
-def test_pictures_out_of_archives_are_files_meanwhile(fake: Fake, picture: Path, tmp_path: Path) -> None:
+def test_images_from_archives_are_temporary_files(fake: Fake, picture: Path, tmp_path: Path) -> None:
     root = tmp_path / "packed"
     root.mkdir()
     write_shards(root, {"images": [("images/a.png", picture.read_bytes())]})
@@ -108,13 +108,13 @@ def test_pictures_out_of_archives_are_files_meanwhile(fake: Fake, picture: Path,
     assert not Path(fake.samples[0]["filepath"]).exists()
 
 
-def test_runs_become_fields_with_names_of_their_own() -> None:
+def test_runs_become_fields_with_distinct_names() -> None:
     assert field_names(["stage2", "stage1-control", "stage1 control", "filepath", "7b", "+"]) == [
         "stage2", "stage1_control", "stage1_control_3", "run_filepath", "run_7b", "run",
     ]  # fmt: skip
 
 
-def test_an_installation_without_its_database_is_no_bug(
+def test_an_installation_without_its_database_is_reported_to_the_user(
     fake: Fake, picture: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse() -> list[str]:
@@ -129,7 +129,7 @@ def test_an_installation_without_its_database_is_no_bug(
     ("installed", "name", "words"),
     [(False, "new", "pip install 'coordexp[browse]'"), (True, "mine", "FiftyOne has a data set of this name")],
 )
-def test_what_is_missing_or_taken_is_said(
+def test_missing_packages_and_used_names_are_reported(
     fake: Fake, picture: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
     installed: bool, name: str, words: str,
 ) -> None:  # fmt: skip

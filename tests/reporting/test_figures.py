@@ -27,7 +27,7 @@ def image(image_id: int, pred: tuple[Prediction, ...]) -> ImageResult:
     return ImageResult(image_id, "x.jpg", 64, 64, gt, pred, "", report, "stop", 1)
 
 
-def test_checkpoints_that_find_nothing_still_have_figures(inputs: ReportInputs, tmp_path: Path) -> None:
+def test_checkpoints_without_predictions_still_have_figures(inputs: ReportInputs, tmp_path: Path) -> None:
     categories = [Category(1, "$a$ & <b>"), Category(2, "dog")]
     silent = judge([image(1, ()), image(2, ())], categories)
     wrong = Prediction("dog", (2.0, 2.0, 20.0, 20.0), (0, 0, 0, 0), score=-3.5)
@@ -44,7 +44,7 @@ def test_checkpoints_that_find_nothing_still_have_figures(inputs: ReportInputs, 
     assert len(list(tmp_path.iterdir())) == 5
 
 
-def test_an_experiment_with_another_weight_has_two_floors(inputs: ReportInputs, tmp_path: Path) -> None:
+def test_an_experiment_with_another_weight_has_two_lower_bounds(inputs: ReportInputs, tmp_path: Path) -> None:
     data = load_report_data(inputs)
     weights, stage2 = changed(inputs.run.params, softce_weight=0.2), data.logs["stage2"]
     logs = {**data.logs, "stage2": stage2.assign(**{"loss/softce": 0.2 * stage2["raw/softce"]})}
@@ -107,7 +107,7 @@ class Found(NamedTuple):
     verdict: Verdict = Verdict.NO_DIFFERENCE
 
 
-def test_a_forest_has_a_row_for_each_difference_and_none_for_what_never_differs(tmp_path: Path) -> None:
+def test_a_forest_has_a_row_per_difference_that_varies(tmp_path: Path) -> None:
     some, none = Found(0.1, -0.1, 0.3), Found(0.0, 0.0, 0.0, Verdict.IDENTICAL)
     keys = ("coco.mAP", "coco.AP50", "f1.full_50")
     heights = []

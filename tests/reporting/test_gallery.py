@@ -59,14 +59,14 @@ def test_each_rule_takes_its_worst_and_no_image_twice() -> None:
     assert sorted(picked["random"]) == [1, 6]
 
 
-def test_a_rule_without_candidates_leaves_its_share_to_chance() -> None:
+def test_the_random_rule_fills_in_for_a_rule_without_candidates() -> None:
     calm = rows(i1=(0, 0, 0), i2=(0, 0, 0), i3=(0, 0, 0), i4=(0, 0, 0))
     picks = choose_images({"stage1": calm, "stage2": calm}, "dup_pairs_90", 4, 17)
     assert [pick.rule for pick in picks] == ["random"] * 4
     assert sorted(pick.image_id for pick in picks) == [1, 2, 3, 4]
 
 
-def test_more_than_there_is_takes_all() -> None:
+def test_asking_for_more_images_than_exist_selects_all() -> None:
     assert sum(len(ids) for ids in chosen(100).values()) == 8
 
 
@@ -79,7 +79,7 @@ def test_the_random_rule_follows_the_seed() -> None:
     assert draws[0] == draws[1] != draws[2]
 
 
-def test_a_file_is_named_by_its_image_and_those_drawn_at_random_stay() -> None:
+def test_files_are_named_by_image_and_the_random_ones_stay() -> None:
     """Where an answer changes, only the pictures that a rule newly chose are others."""
     calm = pd.DataFrame(0, pd.Index(range(1, 200), name="image_id"), ["fp_50", "fn_50", "dup_pairs_90"])
 

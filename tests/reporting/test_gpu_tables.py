@@ -21,7 +21,7 @@ def write(root: Path, *lines: str) -> dict[tuple[str, str], Measured]:
     return measured(root)
 
 
-def test_only_the_last_figures_of_gpus_count(tmp_path: Path) -> None:
+def test_only_the_last_measurements_count(tmp_path: Path) -> None:
     found = write(
         tmp_path,
         result("8k, as committed: peak", 40.0),
@@ -36,7 +36,7 @@ def test_only_the_last_figures_of_gpus_count(tmp_path: Path) -> None:
     assert all(PREDICTED in row for row in others)
 
 
-def test_nothing_measured_is_all_predicted(tmp_path: Path, repository: Path) -> None:
+def test_without_measurements_all_values_are_predicted(tmp_path: Path, repository: Path) -> None:
     assert measured(tmp_path) == {}
     assert all(row.endswith(f"| {PREDICTED} |") for row in hours_table(repository, {}).splitlines()[2:])
 

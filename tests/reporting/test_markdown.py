@@ -36,7 +36,7 @@ def rendered_cells(markdown: str) -> list[str]:
         "#1`",
     ],
 )
-def test_markup_in_a_name_is_shown_and_not_obeyed(name: str) -> None:
+def test_markup_in_a_name_is_shown_as_text(name: str) -> None:
     assert rendered_cells(table(["name"], [[escape(name)]])) == ["name", name]
 
 
@@ -89,12 +89,12 @@ def test_flatten_names_every_leaf() -> None:
         (None, None, False, "n/a"),
     ],
 )
-def test_an_interval_says_how_many_digits_are_shown(value: Any, bounds: Any, sign: bool, shown: str) -> None:
+def test_an_interval_sets_the_number_of_digits(value: Any, bounds: Any, sign: bool, shown: str) -> None:
     assert with_interval(value, bounds, sign=sign) == shown
 
 
 @given(st.floats(-1, 1), st.floats(1e-3, 1))
-def test_digits_shown_are_off_by_less_than_a_sixth_of_the_half_width(low: float, half_width: float) -> None:
+def test_rounding_error_is_below_a_sixth_of_the_half_width(low: float, half_width: float) -> None:
     digits = decimals((low, low + 2 * half_width))
     assert 0 <= digits <= 4
     assert 0.5 * 10**-digits <= half_width / 6 or digits == 4

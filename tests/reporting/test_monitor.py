@@ -59,14 +59,14 @@ def test_the_counts_of_the_checkpoints_are_those_of_metrics_json(text: str, metr
         ]
 
 
-def test_the_sentence_says_how_little_one_evaluation_proves(inputs: ReportInputs) -> None:
+def test_the_sentence_gives_the_precision_of_one_evaluation(inputs: ReportInputs) -> None:
     sentence = monitor_sentence(load_report_data(inputs).dev_rows)
     assert "16 dev images with 44 objects" in sentence
     assert "±0.15" in sentence  # 1.96 * sqrt(0.25 / 44)
 
 
-@pytest.mark.parametrize(("left", "words"), [(None, "left no `monitor.jsonl`"), ([], "`monitor.every_steps`")])
-def test_without_evaluations_the_report_says_why(
+@pytest.mark.parametrize(("left", "words"), [(None, "wrote no `monitor.jsonl`"), ([], "`monitor.every_steps`")])
+def test_without_evaluations_the_report_gives_the_reason(
     inputs: ReportInputs, left: list | None, words: str, tmp_path: Path
 ) -> None:
     rows = dict.fromkeys(TRAINED, left)
@@ -77,14 +77,14 @@ def test_without_evaluations_the_report_says_why(
     assert not list(tmp_path.iterdir())
 
 
-def test_readings_that_a_run_did_not_leave_leave_their_panels_out(inputs: ReportInputs, tmp_path: Path) -> None:
+def test_missing_readings_have_no_panel(inputs: ReportInputs, tmp_path: Path) -> None:
     data = load_report_data(inputs)
-    widths = []
+    heights = []
     for contexts in (data.contexts, dict.fromkeys(TRAINED)):
         write_monitor_figure(dataclasses.replace(data, contexts=contexts), tmp_path / "monitor.png")
         with Image.open(tmp_path / "monitor.png") as picture:
-            widths.append(picture.width)
-    assert widths[0] > widths[1]
+            heights.append(picture.height)
+    assert heights[0] > heights[1]
 
 
 def test_means_by_context_have_an_interval_over_images(inputs: ReportInputs, text: str) -> None:

@@ -50,7 +50,7 @@ Answered = Callable[[str, list[ImageResult]], list[ImageResult]]
     ("change", "answered"),
     [(without_objects, as_answered), (without_objects, silent), (crowds_only, as_answered), (as_it_is, silent)],
 )
-def test_everything_is_written_and_nothing_is_perfect(change: Change, answered: Answered, tmp_path: Path) -> None:
+def test_a_report_is_written_and_claims_nothing(change: Change, answered: Answered, tmp_path: Path) -> None:
     inputs = build_run(tmp_path, images=4, resamples=100, gallery_images=4, change=change, answered=answered)
     text = everything_said(build_report(inputs, tmp_path / "report"))
     assert "nan" not in re.findall(r"[a-z]+", text)
@@ -87,7 +87,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> str:
     return everything_said(build_report(inputs, root / "report"))
 
 
-def test_the_first_lines_say_how_the_answers_fail(text: str) -> None:
+def test_the_first_lines_describe_the_faults_of_the_answers(text: str) -> None:
     decided, why, *_ = (line for line in text.splitlines()[1:] if line)
     assert decided.startswith("- **No decision**: stage2 cannot be evaluated")
     assert why.startswith("- **stage2 is not evaluated**: 100 % of the answers are truncated at the token budget")
@@ -95,7 +95,7 @@ def test_the_first_lines_say_how_the_answers_fail(text: str) -> None:
     assert "`coordexp ab -S stage2.b_ratio" not in text  # of such answers only how to mend them
 
 
-def test_nothing_is_claimed_of_it(text: str) -> None:
+def test_no_claim_is_made_about_faulty_answers(text: str) -> None:
     head = text.split("## What costs AP50")[0]
     [against_stage1] = [line for line in head.splitlines() if line.startswith("- Stage 2 against stage 1")]
     assert "**not evaluated**: mAP 0." in against_stage1
@@ -114,7 +114,7 @@ def test_nothing_is_claimed_of_it(text: str) -> None:
     assert "| ? | Stage 2 is not shown to be worse than stage 1 (mAP) |" in text
 
 
-def test_two_forwards_are_not_called_the_ground_truth_context(text: str) -> None:
+def test_two_forwards_are_described_as_self_context(text: str) -> None:
     assert (
         "### Stage 2, channel A (text in the ground-truth context, coordinates in the soft self-context of forward 2)"
         in text
@@ -122,11 +122,11 @@ def test_two_forwards_are_not_called_the_ground_truth_context(text: str) -> None
     assert "no object was read in both contexts" in text  # the rows of the fixture hold no A2
 
 
-def test_other_checkpoints_are_judged_as_ever(text: str) -> None:
+def test_other_checkpoints_are_still_evaluated(text: str) -> None:
     assert "**stage1 is not evaluated**" not in text
 
 
-def test_sound_answers_leave_the_first_line_to_the_comparison(report: Path, inputs: ReportInputs) -> None:
+def test_valid_answers_leave_the_first_line_to_the_comparison(report: Path, inputs: ReportInputs) -> None:
     text = report.read_text(encoding="utf-8")
     first = next(line for line in text.splitlines()[1:] if line)
     assert first.startswith("- **")

@@ -47,7 +47,7 @@ def outcomes() -> Outcomes:
     return judge([second, first], categories)
 
 
-def test_causes_and_discoveries(outcomes: Outcomes) -> None:
+def test_error_types_and_found_objects(outcomes: Outcomes) -> None:
     assert [Cause(cause) for cause in outcomes.cause_P] == [
         Cause.RIGHT,
         Cause.CLASSIFICATION,

@@ -110,7 +110,7 @@ class Elements(HTMLParser):
 
 
 class TestWithoutABrowser:
-    def test_the_data_say_what_became_of_every_box(self) -> None:
+    def test_the_data_give_the_error_type_of_every_box(self) -> None:
         data = page_data(runs(), CATEGORIES, STANDARD, limit=10)
         assert (data["labels"], data["names"]) == (["one", "two"], sorted(["cat", "dog", EVIL]))
         fates = [[p["cause"] for p in image["runs"][0]["pred"]] for image in data["images"]]
@@ -121,7 +121,7 @@ class TestWithoutABrowser:
         assert (wrong["object"], wrong["sd"], wrong["logprob"]) == (0, [12, 3, 40, 5], [-1, -2, -3, -0.5])
         assert [p["object"] for p in data["images"][1]["runs"][0]["pred"]] == [0, 0]
 
-    def test_a_limit_keeps_the_lowest_f1_and_says_how_many_there_are(self) -> None:
+    def test_a_limit_keeps_the_lowest_f1_and_reports_the_total(self) -> None:
         data = page_data(runs(), CATEGORIES, STANDARD, limit=3)
         assert [image["id"] for image in data["images"]] == [2, 3, 4]
         assert data["n_all"] == 5
@@ -167,7 +167,7 @@ class TestWithoutABrowser:
         assert data["labels"] == ["yolo", "rex", "raw"]
         assert [totals[0][1] for totals in data["totals"]] == [1.0, 1.0, 1.0]
 
-    def test_what_is_half_said_is_refused(self, foreign: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    def test_incomplete_options_are_refused(self, foreign: list[str], capfd: pytest.CaptureFixture[str]) -> None:
         truth = foreign.index("--truth")
         for words, arguments in {
             "together": foreign[:truth] + foreign[truth + 2 :],
@@ -178,7 +178,7 @@ class TestWithoutABrowser:
             assert done.value.code == 2
             assert words in capfd.readouterr().err
 
-    def test_pictures_are_no_larger_than_asked_for(self, page: Path, tmp_path: Path) -> None:
+    def test_images_are_no_larger_than_the_option_allows(self, page: Path, tmp_path: Path) -> None:
         small = write_page(
             {"one": runs()["one"]}, CATEGORIES, page.parent, tmp_path / "x.html", page=PageSettings(2, 16)
         )
@@ -210,7 +210,7 @@ class TestInABrowser:
             browser.open(page)
             yield browser
 
-    def test_a_person_sorts_filters_and_opens_an_image(self, browser: Browser) -> None:
+    def test_a_user_sorts_filters_and_opens_an_image(self, browser: Browser) -> None:
         assert browser.evaluate(ROWS) == [3, 4, 2, 1, 5]  # by F1 of the first run, lowest first
         browser.click(HEAD.format("FN 1"))
         assert browser.evaluate(ROWS)[0] == 4

@@ -18,7 +18,7 @@ def test_only_differing_leaves_are_listed_by_their_dotted_keys() -> None:
     assert settings_delta(now, then) == [("stage2.b", 0.25, 0.5), ("new", None, True), ("old", "x", None)]
 
 
-def test_the_line_names_what_changed_and_what_answers_it() -> None:
+def test_the_line_names_the_change_and_the_command_that_compares() -> None:
     baseline = Baseline("0123456789abcdef", "", {"w": 1.0, "profile": "smoke"})
     line = experiment_line(baseline, {"w": 0.2, "profile": "tiny"})
     assert line.startswith("**Experiment on 0123456**: `w` 1 -> 0.2. ")

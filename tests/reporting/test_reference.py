@@ -101,7 +101,7 @@ def test_the_results_of_the_readme_are_those_of_the_headline_in_git(repository: 
     assert missing == set(), "run `python -m coordexp.reporting.reference` where the run's outputs are"
 
 
-def test_every_parameter_and_removed_key_is_on_the_page_as_the_loader_words_it() -> None:
+def test_every_parameter_and_removed_key_is_on_the_page_with_the_text_of_the_loader() -> None:
     shown = rows(parameters_markdown(GRAPH))
     for spec in [*field_specs(Params), *field_specs(Profile)]:
         if spec.key != "source.kind":  # stands in the title of its table

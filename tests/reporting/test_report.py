@@ -102,7 +102,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_another_clock_commit_and_machine_give_the_same_bytes_and_no_old_picture_stays(
+def test_time_commit_and_machine_do_not_change_the_bytes_and_no_old_figure_stays(
     inputs: ReportInputs, report: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "gallery").mkdir()
@@ -120,12 +120,12 @@ def test_another_clock_commit_and_machine_give_the_same_bytes_and_no_old_picture
     assert [name for name in first if first[name] != second[name]] == []
 
 
-def test_nothing_tells_when_where_or_from_which_commit_it_was_made(text: str) -> None:
+def test_the_text_contains_no_time_machine_or_commit(text: str) -> None:
     for told in ("0123456789ab", "x86_64", "3.11.9", "210.5", "400.1", "2026-01-02", "seconds"):
         assert told not in text, told
 
 
-def test_links_lead_to_what_the_stage_writes_and_every_picture_is_shown(report: Path) -> None:
+def test_every_link_resolves_and_every_figure_is_shown(report: Path) -> None:
     """Page one shows what git holds, and nothing else; the rest is behind links, in what DVC holds."""
     shown: dict[bool, list[Path]] = {True: [], False: []}
     details = [report.parent / DETAILS / f"{subject}.md" for subject in SUBJECTS]
@@ -143,7 +143,7 @@ def test_links_lead_to_what_the_stage_writes_and_every_picture_is_shown(report: 
     assert {f"{DETAILS}/{name}.md" for name in SUBJECTS} <= set(re.findall(r"\]\(([^)#]+)", report.read_text()))
 
 
-def test_what_git_holds_is_small_and_keeps_its_names(report: Path) -> None:
+def test_files_in_git_are_small_and_keep_their_names(report: Path) -> None:
     pictures = list((report.parent / "pictures").iterdir())
     assert {DIFFERENCES, METHOD} <= {path.name for path in pictures} <= {DIFFERENCES, METHOD, ASKED, *EXAMPLES.values()}
     assert len(pictures) >= 4  # a rule may find no image of its kind
@@ -154,7 +154,7 @@ def test_what_git_holds_is_small_and_keeps_its_names(report: Path) -> None:
     assert len(report.read_text(encoding="utf-8").splitlines()) <= MAX_LINES - 10  # for what may go wrong in a run
 
 
-def test_every_number_of_page_one_is_behind_it(report: Path, metrics: dict[str, Any]) -> None:
+def test_every_number_of_page_one_is_in_the_details_or_metrics(report: Path, metrics: dict[str, Any]) -> None:
     """In the details, or in metrics.json, in as many digits or more."""
     details = "\n".join(path.read_text(encoding="utf-8") for path in (report.parent / DETAILS).iterdir())
     known = {float(n) for n in NUMBER.findall(re.sub(r"(?<=\d),(?=\d{3})", "", details))}
@@ -165,14 +165,14 @@ def test_every_number_of_page_one_is_behind_it(report: Path, metrics: dict[str, 
     assert [n for n in shown if not any(is_rounded(n, value) for value in known)] == []
 
 
-def test_pictures_are_small(report: Path) -> None:
+def test_figures_are_small(report: Path) -> None:
     for path in report.parent.rglob("*.png"):
         with Image.open(path) as picture:
             assert max(picture.size) <= 2000
         assert path.stat().st_size <= 150_000, path.name
 
 
-def test_the_first_line_of_an_experiment_is_its_question_and_names_the_answer(
+def test_the_first_line_of_an_experiment_gives_its_change_and_the_command(
     inputs: ReportInputs, report: Path, tmp_path: Path
 ) -> None:
     settings = changed(inputs.run.params, softce_weight=0.25).model_dump()
@@ -239,7 +239,7 @@ class TestRefusals:
         assert re.search(r"images/val/\d+\.jpg: no such file", message)
 
 
-def test_published_numbers_stand_beside_data_they_are_about_and_never_beside_scenes(
+def test_published_numbers_are_shown_only_with_the_data_they_cover(
     inputs: ReportInputs, text: str, tmp_path: Path, metrics: dict[str, Any]
 ) -> None:
     assert "Rex-Omni" not in text

@@ -22,7 +22,7 @@ def test_our_f1_reproduces_the_decision_note_from_its_counts():
 
 
 @pytest.mark.parametrize("name", ["coco_anchors", "lvis_anchors"])
-def test_every_anchor_names_a_protocol_and_how_it_is_known(name):
+def test_every_published_number_has_a_protocol_and_a_source(name):
     table = published_tables()[name]
     assert len({row["system"] for row in table["rows"]}) == len(table["rows"])
     for row in table["rows"]:

@@ -50,18 +50,18 @@ def falling(first: float, last: float) -> list[float]:
         (-0.5, -0.1, 0.0, "n/a"),
     ],
 )
-def test_change_is_measured_above_the_floor(first: float, last: float, floor: float, shown: str) -> None:
+def test_change_is_measured_above_the_lower_bound(first: float, last: float, floor: float, shown: str) -> None:
     assert change_above_floor(first, last, floor) == shown
 
 
-def test_the_floor_of_softce_carries_the_weight_of_its_stage() -> None:
+def test_the_lower_bound_of_softce_has_the_weight_of_its_stage() -> None:
     params = changed(PARAMS, softce_weight=0.5, stage1__softce_weight=2.0)
     assert loss_floor("softce", params, "stage2") == pytest.approx(0.5 * 2.1121, abs=1e-3)
     assert loss_floor("softce", params, "stage1-control") == pytest.approx(2.0 * 2.1121, abs=1e-3)
     assert (loss_floor("gate", params, "stage1"), loss_floor("text_ce", params, "stage1")) == (0.0, None)
 
 
-def test_rows_say_where_a_term_began_ended_and_weighs() -> None:
+def test_rows_give_first_and_last_value_and_fraction_of_a_term() -> None:
     columns = {"loss__total": falling(8, 4), "loss__softce": falling(6.112, 3.112), "loss__w1": falling(2, 0.001)}
     rows = training_table(log(**columns), PARAMS, "stage1").splitlines()[2:]
     cells = {row.split(" | ")[0]: row.split(" | ")[2:] for row in rows}
@@ -70,14 +70,14 @@ def test_rows_say_where_a_term_began_ended_and_weighs() -> None:
     assert cells["| `loss/w1`"][-1] == "under 0.1 % |"
 
 
-def test_a_term_of_no_weight_shows_what_it_would_be() -> None:
+def test_a_term_of_weight_0_shows_its_raw_value() -> None:
     columns = {"loss__total": falling(8, 4), "raw__bbox_giou": falling(0.5, 0.25), "loss__w1": falling(2, 1)}
     rows = training_table(log(**columns, raw__w1=falling(2, 1)), PARAMS, "stage2").splitlines()[2:]
     assert [row.split(" | ")[0] for row in rows] == ["| `loss/total`", "| `loss/w1`", "| `raw/bbox_giou`"]
     assert rows[-1] == "| `raw/bbox_giou` | stage 2: 1 - GIoU (weight 0) | 0.5 | 0.25 | n/a | -50 % |  |"
 
 
-def test_a_channel_has_its_rows_and_the_columns_that_they_log() -> None:
+def test_a_channel_has_its_rows_and_their_logged_columns() -> None:
     both = log(loss__softce=falling(2, 1), loss__total=falling(3, 2)).assign(channel=["A", "B"] * 5)
     both["loss/bbox_ciou"] = both["loss/total"].where(both["channel"] == "B")
     assert channels(both) == ["A", "B"]
@@ -111,14 +111,14 @@ def test_sentences_are_empty_where_nothing_was_logged() -> None:
     assert w1_sentence(bare) == ""
 
 
-def test_the_share_of_w1_is_a_number_and_no_judgement() -> None:
+def test_the_fraction_of_w1_is_reported_without_a_verdict() -> None:
     assert w1_sentence(log(loss__softce=falling(3, 1.5), loss__w1=falling(1, 0.5))) == (
         "W1 is 25 % of softCE + W1 at the end."
     )
     assert w1_sentence(log(loss__softce=[0.0] * 10, loss__w1=[0.0] * 10)) == "", "a run without coordinate slots"
 
 
-def test_the_first_forward_stands_beside_the_last() -> None:
+def test_the_first_forward_has_rows_next_to_the_last() -> None:
     columns = {"coord_diag__expected_bin_mae": falling(40, 30), "coord_diag_a1__expected_bin_mae": falling(20, 10)}
     rows = training_table(log(**columns), PARAMS, "stage2").splitlines()[2:]
     assert [row.split(" | ")[0] for row in rows] == [
@@ -138,12 +138,12 @@ def test_counters_are_summed_and_other_columns_averaged_at_their_ends() -> None:
 
 @pytest.mark.parametrize("kind", ["gaussian", "triangular"])
 @pytest.mark.parametrize(("sigma", "truncate"), [(2.0, 8), (1.5, 8), (0.5, 4), (6.0, 3)])
-def test_the_floor_is_the_entropy_of_the_training_target(kind: str, sigma: float, truncate: int) -> None:
+def test_the_lower_bound_is_the_entropy_of_the_training_target(kind: str, sigma: float, truncate: int) -> None:
     q = soft_target(torch.tensor([500.0]), kind, sigma, truncate, torch.float64)
     assert target_entropy_nats(kind, sigma, truncate) == pytest.approx(float(target_entropy(q)), abs=1e-12)
 
 
-def test_the_floor_of_two_bins_is_the_mean_over_all_fractions() -> None:
+def test_the_lower_bound_of_two_bins_is_the_mean_over_all_fractions() -> None:
     targets = 500 + (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
     q = soft_target(targets, "two_bin", 2.0, 8, torch.float64)
     assert target_entropy_nats("two_bin", 2.0, 8) == pytest.approx(float(target_entropy(q).mean()), abs=1e-4)

@@ -66,7 +66,7 @@ def test_parts_add_up(
     assert change.map_by_boxes_and_names + change.map_by_ranking == pytest.approx(map_a - map_b)
 
 
-def test_more_false_boxes_alone_only_cost_by_number() -> None:
+def test_more_false_positives_alone_change_f1_only_by_the_number_of_boxes() -> None:
     change = count_change(areas(10, 20, 10, 0.3, 0.4), areas(10, 5, 10, 0.3, 0.4))
     assert change.f1_by_right_boxes == 0
     assert change.f1 == change.f1_by_number_of_boxes == pytest.approx(20 / 50 - 20 / 35)

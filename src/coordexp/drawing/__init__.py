@@ -1,1 +1,1 @@
-"""Boxes and panels on pictures, for the report and for the eval callback of training."""
+"""Boxes on images and panels of them, for the report and for the eval callback of training."""

@@ -43,7 +43,7 @@ class BoxStyle:
 
 
 def name_style(name: str) -> BoxStyle:
-    """The color of a category name, the same in every picture and every process."""
+    """The color of a category name, the same in every panel and every process."""
     return BoxStyle(NAME_COLOURS[zlib.crc32(name.encode()) % len(NAME_COLOURS)])
 
 
@@ -99,7 +99,7 @@ def draw_detections(
 @lru_cache(maxsize=8)
 def font(size_px: int) -> ImageFont.FreeTypeFont:
     """DejaVu Sans, which covers most scripts written with letters."""
-    # matplotlib ships the file, so that pictures look the same on every machine.
+    # matplotlib ships the file, so that panels look the same on every machine.
     return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size_px)
 
 
@@ -185,7 +185,7 @@ def _leader(draw: ImageDraw.ImageDraw, label: Rect, box: Rect, colour: Rgb) -> N
 
 
 def _fitting(name: str, score: str, typeface: ImageFont.FreeTypeFont, width_px: int) -> str:
-    """The label; a name that makes it wider than the picture is cut with an ellipsis."""
+    """The label; a name that makes it wider than the image is cut with an ellipsis."""
     text = name + score
     while name and typeface.getlength(text) > width_px:
         name = name[:-1]
@@ -202,7 +202,7 @@ def _ink(colour: Rgb) -> Rgb:
 def place_label(
     label_wh: tuple[float, float], box: Rect, size: tuple[int, int], placed: Sequence[Rect], boxes: Sequence[Rect]
 ) -> Rect:
-    """Where a label of one box goes: inside the picture, off other labels, and covering as little as can be.
+    """Where a label of one box goes: inside the image, off other labels, and covering as little as can be.
 
     It touches the box (above, below, inside, next to it; of equal spots the first) unless every such spot is on another
     label: then it is the free spot nearest to the box, if there is one.

@@ -1,1 +1,1 @@
-"""From files on disk to a report that a person can decide with: text, figures, pictures."""
+"""From files on disk to a report that supports a decision: text, figures, panels."""

@@ -20,7 +20,7 @@ from coordexp.reporting.markdown import MISSING, decimals, escape, number, table
 from coordexp.reporting.outcomes import Outcomes
 from coordexp.reporting.verdicts import checkpoint_faults, compared, nothing_learned, verdict_of, warnings
 
-MAX_FILES, MAX_BYTES = 8, 350_000  # of the pictures
+MAX_FILES, MAX_BYTES = 8, 350_000  # of the figures in git
 MAX_LINES = 80
 DIFFERENCES = "differences.png"
 EXAMPLES = {  # rule of the gallery -> its first image

@@ -46,22 +46,18 @@ RULES = ("most duplicates", "most misses", CHANGE, "random")
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """Bytes of a panel picture, and what may be tried: longer side of the image and number of its colors, best first.
+    """Bytes of a file, and what may be tried: longer side of the image and number of its colors, best first.
 
-    Small images are enlarged after that. With a `palette`, labels and boxes share one with the image: a third of the
-    bytes.
+    Small images are enlarged after that.
     """
 
     max_bytes: int
     qualities: tuple[tuple[int, int | None], ...]
-    palette: bool
 
 
 # Fewer colors than these can hide a small object in its background: rather the image gets smaller.
-GALLERY = Budget(150_000, ((512, None), (512, 192), (448, 128), (384, 128), (320, 96)), palette=False)
-EXAMPLE = Budget(
-    40_000, ((512, None), (512, 160), (448, 128), (384, 96), (320, 96), (256, 96), (192, 96)), palette=True
-)
+GALLERY = Budget(100_000, ((512, None), (512, 160), (448, 128), (384, 128), (320, 96), (256, 96)))
+EXAMPLE = Budget(40_000, ((512, None), (512, 160), (448, 128), (384, 96), (320, 96), (256, 96), (192, 96)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,9 +148,7 @@ def _small_picture(
     data = b""
     for panel_px, colours in budget.qualities:
         out = io.BytesIO()
-        picture = draw_outcomes(image, image_id, outcomes, panel_px, colours, annotated)
-        if budget.palette:
-            picture = with_palette(picture)
+        picture = with_palette(draw_outcomes(image, image_id, outcomes, panel_px, colours, annotated))
         picture.save(out, "PNG", optimize=True)
         data = out.getvalue()
         if len(data) <= budget.max_bytes:

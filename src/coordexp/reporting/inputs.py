@@ -49,7 +49,7 @@ CONTEXT_KEYS = frozenset({"image_id", "text_ce", "text_tokens", "A1", "own"})
 
 @dataclass(frozen=True, slots=True)
 class Baseline:
-    """The commit that an experiment started from, as far as it has the files."""
+    """The commit that an experiment started from: the settings in it."""
 
     revision: str
     experiment: str  # its name; empty where DVC gives none

@@ -20,7 +20,7 @@ from PIL import Image
 from coordexp.infra.files import replacing
 from coordexp.infra.printable import printable_lines
 
-# Okabe and Ito 2008; line style and marker repeat what the color says.
+# Okabe and Ito 2008; line style and marker repeat what the color shows.
 GREEN, RED, INK, FAINT = "#009E73", "#D62728", "#333333", "#BBBBBB"
 WIDTH_IN = 6.8
 _DPI = 200  # twice what a screen shows of a figure of this width
