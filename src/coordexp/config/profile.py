@@ -164,16 +164,18 @@ class RecordsConfig(Block):
     crowd: Literal["ignore", "drop", "as_objects"] = Field(
         description="crowd and difficult boxes: ignore regions, dropped, or ordinary objects"
     )
-    truncated: Literal["keep", "drop"] = Field(description="boxes that the source marks as truncated")
+    truncated: Literal["keep", "drop"] = Field(description="keep or drop boxes that the source marks as truncated")
     min_side_px: float = Field(
         ge=0.01, le=1000, description="boxes with a shorter side below this are dropped, in pixels"
     )
     min_inside: Fraction = Field(description="minimum fraction of a box that must be inside the image")
-    polygons: Literal["keep", "drop"] = Field(description="polygons of the source, kept as metadata.segmentation")
+    polygons: Literal["keep", "drop"] = Field(
+        description="keep polygons of the source as metadata.segmentation, or drop them"
+    )
     max_objects: Count = Field(description="maximum number of objects in a training record; 0 is unlimited")
     over_max: Literal["sample", "drop"] = Field(description="above max_objects: sample objects, or drop the record")
     bad_images: Literal["error", "drop"] = Field(
-        description="images that are missing, broken, or of another size than annotated"
+        description="images that are missing, broken, or not of the annotated size: stop, or drop them"
     )
     max_lost: Fraction = Field(description="maximum fraction of annotations, and of images, that a split may lose")
     wordings: int = Field(
@@ -200,7 +202,9 @@ class RecordsConfig(Block):
     )
     crop: Fraction = Field(description="fraction of training records that are cropped")
     scale_jitter: float = Field(ge=0, le=0.9, description="training records are scaled by 1 - j to 1 + j; 0 is off")
-    overlap: Literal["error", "drop_train"] = Field(description="training images whose content is also in val")
+    overlap: Literal["error", "drop_train"] = Field(
+        description="training images whose content is also in val: stop, or drop them from training"
+    )
     same_picture: Literal["merge", "first", "file", "keep"] = Field(
         default="merge", description="records with the same image content: join, keep first, join by file, or keep all"
     )
@@ -270,9 +274,11 @@ class TuningConfig(Block):
     method: Literal["full", "lora", "dora"] = Field(
         description="all weights, or low-rank adapters, which are merged after training"
     )
-    vision: Literal["train", "freeze"] = Field(description="the vision tower")
-    projector: Literal["train", "freeze"] = Field(description="the mergers between vision and language")
-    language: Literal["train", "freeze"] = Field(description="the language model, including embedding and head")
+    vision: Literal["train", "freeze"] = Field(description="train or freeze the vision tower")
+    projector: Literal["train", "freeze"] = Field(description="train or freeze the mergers between vision and language")
+    language: Literal["train", "freeze"] = Field(
+        description="train or freeze the language model, including embedding and head"
+    )
     rank: int = Field(ge=1, le=1024, description="lora, dora: rank of an adapter")
     alpha: float = Field(gt=0, le=4096, description="lora, dora: the update is scaled by alpha / rank")
     dropout: float = Field(ge=0, lt=1, description="lora, dora: dropout before an adapter")

@@ -194,28 +194,28 @@ _ROLLOUT = (
 _PARSE = (
     MetricSpec(
         "parse.parse_rate",
-        "answers that parse completely: container found, not truncated, nothing dropped",
+        "fraction of answers that parse completely: container found, not truncated, nothing dropped",
         name="answers that parse",
     ),
     MetricSpec("parse.valid_objects", "objects parsed", "objects", "neither"),
     MetricSpec("parse.dropped_total", "objects dropped by the parser, for any reason", "objects", "lower"),
-    MetricSpec("parse.truncated_rate", "answers truncated by the token budget", better="lower"),
+    MetricSpec("parse.truncated_rate", "fraction of answers truncated by the token budget", better="lower"),
     MetricSpec(
         "parse.loop_rate",
-        f"answers that loop: at least {LOOP_COPIES} copies of earlier objects, and a third or more of all objects",
+        f"fraction of answers that loop: {LOOP_COPIES} or more objects, and a third of all, copy earlier ones",
         better="lower",
     ),
     MetricSpec(
         "parse.unreadable_rate",
-        "answers without an object list, with a malformed one, or with all objects dropped",
+        "fraction of answers without an object list, with a malformed one, or with all objects dropped",
         better="lower",
     ),
-    MetricSpec("parse.empty_rate", "answers without a valid object", better="neither"),
+    MetricSpec("parse.empty_rate", "fraction of answers without a valid object", better="neither"),
 )
 _SET = (
-    MetricSpec("set.dup_image_rate", "images with a duplicate pair at the lowest duplicate IoU", better="lower"),
+    MetricSpec("set.dup_image_rate", "fraction of images with a pair at the lowest duplicate IoU", better="lower"),
     MetricSpec("set.count_error_mean", "predictions minus objects, mean over images", "objects per image", "neither"),
-    MetricSpec("set.omission_rate", "objects without a matched box at IoU .50, names ignored", better="lower"),
+    MetricSpec("set.omission_rate", "fraction of objects without a box at IoU .50, names ignored", better="lower"),
     MetricSpec(
         "set.over_generation_rate",
         "predictions in excess of the number of objects in the image / predictions",
@@ -226,7 +226,9 @@ _SET = (
         "consecutive predictions whose (y1, x1) decreases / consecutive predictions",
         better="lower",
     ),
-    MetricSpec("set.giant_box_rate", "images where one box covers 90 % of the image and two objects", better="lower"),
+    MetricSpec(
+        "set.giant_box_rate", "fraction of images where a box covers 90 % of the image and two objects", better="lower"
+    ),
 )
 _LVIS = (
     MetricSpec("lvis.mAP", "LVIS AP: federated labels, 300 predictions per image, mean over IoU .50:.05:.95"),
@@ -257,7 +259,7 @@ _INPUT = (
     ),
     MetricSpec("input.names_unmapped", "predictions that are not mapped to a category", "predictions", "lower"),
     MetricSpec("input.control_char_descs", "descriptions with control characters", "predictions", "lower"),
-    MetricSpec("input.empty_descs", "descriptions that are empty after normalisation", "predictions", "lower"),
+    MetricSpec("input.empty_descs", "descriptions that are empty after normalization", "predictions", "lower"),
     MetricSpec("input.zero_area_boxes", "predicted boxes with zero area", "predictions", "lower"),
     MetricSpec("input.outside_boxes", "predicted boxes more than 1 px outside their image", "predictions", "lower"),
     MetricSpec("input.scores_outside_unit", "scores below 0 or above 1", "predictions", "neither"),
@@ -343,7 +345,7 @@ _ERRORS = tuple(
 )
 _F1_SCOPES = (
     ("", "micro F1 of {what}, {iou}"),
-    ("_macro", "mean over images of each image's F1 of {what}, {iou}"),
+    ("_macro", "macro F1 of {what}, mean over images, {iou}"),
     ("_annotated", "micro F1 of {what}, {iou}, only predictions with names annotated in their image"),
 )
 
@@ -359,8 +361,8 @@ _OF_TIER = {
     "never": "categories without a word seen in training (control)",
 }
 _REFUSALS = {
-    "refused": "empty answers",
-    "rejected": "answers without a box at the name confidence that finds 80 % of the objects prompted with one name,",
+    "refused": "fraction of empty answers",
+    "rejected": "fraction of answers without a box at the confidence that finds 80 % of objects prompted by name,",
 }
 _VOCABULARY = (
     *(
@@ -372,7 +374,7 @@ _VOCABULARY = (
     *(
         MetricSpec(
             f"vocabulary.list_{tier}_exact_rival",
-            f"located objects with the correct name, {_OF_TIER[tier]}, if the list has a rival with its first word",
+            f"fraction of located objects with the correct name over a rival with its first word, {_OF_TIER[tier]}",
         )
         for tier in OPEN_TIERS
     ),
@@ -382,7 +384,7 @@ _VOCABULARY = (
         for probe, names in (("easy", "none of which shares a word"), ("hard", "each of which shares a word"))
     ),
     MetricSpec(
-        "vocabulary.one_recall", "objects found when prompted with one name, IoU .50, without the control tiers"
+        "vocabulary.one_recall", "fraction of objects found when prompted with one name, IoU .50, without controls"
     ),
 )
 

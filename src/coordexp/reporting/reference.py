@@ -114,8 +114,9 @@ _LOGS = """\
   `rollout/*_tokens`, what fresh rollouts read and wrote;
 - with `grad_monitor_every`, `grad/<term>_norm`, the gradient norm of a weighted term over all trained parameters, and
   `grad/<term>_cos_text`, its cosine with the gradient of `text_ce`;
-- `coord_diag/*`, the diagnostics below, over the supervised coordinate slots of all forwards and processes of the step,
-  90th percentiles included. With several forwards in channel A, `coord_diag_a1/*` is the same for the first one.
+- `coord_diag/*`, the diagnostics below, over the supervised coordinate slots of all micro-batches and processes of the
+  step, 90th percentiles included. With several forwards in channel A, `coord_diag/*` is for the last one and
+  `coord_diag_a1/*` for the first.
 
 While a stage runs, its log in `.resume/` also has `time/step_s` and, in stage 1, `time/wait_s`, the time that processes
 waited for their batches (a sum over processes). Their sums are in `runs/<profile>/<stage>.run.json`.
