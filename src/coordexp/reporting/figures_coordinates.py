@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.typing import LegendLocType
 from PIL import Image
 
 from coordexp.evaluation.measures import matched_ious
@@ -108,7 +109,9 @@ def _bin_errors(outcomes: Mapping[str, Outcomes]) -> Figure:
     within.set_title("Fraction of edges within k bins")
     within.xaxis.set_major_formatter("{x:g}")
     at_least.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="IoU", title="Fraction of boxes of at least that IoU")
-    for ax, place in ((octaves, "upper right"), (within, "upper left"), (at_least, "lower left")):
+    places: tuple[tuple[Axes, LegendLocType], ...]
+    places = ((octaves, "upper right"), (within, "upper left"), (at_least, "lower left"))
+    for ax, place in places:
         if ax.get_legend_handles_labels()[1]:
             ax.legend(loc=place, fontsize=7)
     return figure
@@ -162,9 +165,22 @@ def all_strips(outcome: Outcomes) -> list[Strip]:
         truth, mean = target_bins((x1, y1, x2, y2), *size), target_bins(boxes["expectation"], *size)
         median = target_bins(boxes.get("median", pred.bbox_xyxy_px), *size)
         for n, slot in enumerate(SLOTS):
-            numbers = (pred.bins[n], mean[n], median[n], pred.coord_sd_bins[n], truth[n])
-            found.append(Strip("", result.image_id, place, pred.desc, slot, *(float(v) for v in numbers),
-                               box_xyxy_px=pred.bbox_xyxy_px, true_box_xyxy_px=(x1, y1, x2, y2)))  # fmt: skip
+            found.append(
+                Strip(
+                    rule="",
+                    image_id=result.image_id,
+                    pred=place,
+                    desc=pred.desc,
+                    slot=slot,
+                    emitted_bin=float(pred.bins[n]),
+                    mean_bin=float(mean[n]),
+                    median_bin=float(median[n]),
+                    sd_bins=float(pred.coord_sd_bins[n]),
+                    true_bin=float(truth[n]),
+                    box_xyxy_px=pred.bbox_xyxy_px,
+                    true_box_xyxy_px=(x1, y1, x2, y2),
+                )
+            )
     return found
 
 
@@ -211,7 +227,8 @@ def draw_density(ax: Axes, strip: Strip, probs_N4K: Distributions | None) -> Non
     if probs_N4K is not None:
         p_K = probs_N4K[strip.pred, SLOTS.index(strip.slot)].astype(np.float64)
         mass_K = np.cumsum(p_K) / p_K.sum()
-        low, high = min(low, np.searchsorted(mass_K, _TAIL)), max(high, np.searchsorted(mass_K, 1 - _TAIL))
+        low = min(low, float(np.searchsorted(mass_K, _TAIL)))
+        high = max(high, float(np.searchsorted(mass_K, 1 - _TAIL)))
         ax.fill_between(
             range(NUM_BINS), p_K / p_K.max(), step="mid", color=colour, alpha=0.35, linewidth=0, label="p(k)"
         )

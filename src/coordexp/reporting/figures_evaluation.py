@@ -188,7 +188,7 @@ def _confidence(outcomes: Mapping[str, Outcomes], details: Mapping[str, Json], m
         ax.set(title=name if ece is None else f"{name}\nECE {ece:.2f}", ylim=(0, 1.02), xlabel="mean score of the bin")
         ax.set_ylabel("fraction correct" if place == 0 else "")
         ax.tick_params(labelleft=place == 0)
-        ax.xaxis.label.set_size(8)
+        ax.xaxis.label.set_fontsize(8)
     _rankings(axes[RANKINGS], details)
     handles, labels = axes[RANKINGS].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
