@@ -372,7 +372,7 @@ def test_looping_answers_are_reported_before_any_number(run: Run, half_right: Pa
     words = f"{looping}: the scores are not meaningful: 100 % of the answers loop"
     assert run("evaluate", looping, "--out", tmp_path / "m.json").out.startswith(words)
     assert run("compare", looping, half_right).out.startswith(words)
-    assert "not judged" not in run("compare", half_right, half_right).out
+    assert "not evaluated" not in run("compare", half_right, half_right).out
 
 
 def test_evaluate_with_categories(run: Run, half_right: Path, tmp_path: Path) -> None:

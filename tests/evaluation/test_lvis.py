@@ -73,7 +73,7 @@ def test_an_unmatched_box_counts_unless_its_category_is_not_exhaustive():
 
 @pytest.mark.parametrize(("n_before", "expected"), [(MAX_DETECTIONS - 1, 1), (MAX_DETECTIONS, 0)])
 def test_the_limit_counts_every_detection_of_an_image(n_before: int, expected: float):
-    """Dogs are not judged in the cat's image, yet 300 of them push the cat over the limit."""
+    """Dogs are not evaluated in the cat's image, yet 300 of them push the cat over the limit."""
     crowd_out = [replace(FALSE_DOG, score=0.9)] * n_before
     assert ap(scene(*crowd_out, HIT), labels())["APr"] == pytest.approx(expected)
 

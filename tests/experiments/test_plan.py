@@ -167,7 +167,7 @@ def test_a_claim_is_decided_by_its_interval(expected: Any, above: str, across: s
         assert judged(claim, Effect((lo + hi) / 2, lo, hi, 0.5, 0.01, 0.005, None), {}) == judgement
     within = Effect(0.0, -0.004, 0.004, 0.5, 0.01, 0.005, None)
     assert judged(claim, within, {}) == ("confirmed" if expected == "same" else "not shown")
-    assert judged(claim, within, {"run": ["loops"]}) == "not judged"
+    assert judged(claim, within, {"run": ["loops"]}) == "not evaluated"
     assert judged(claim, None, {}) == "not defined"
 
 

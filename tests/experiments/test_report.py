@@ -98,9 +98,9 @@ def test_the_text_is_well_formed_and_the_figure_overlays_the_arms(tmp_path: Path
 
 
 def test_arms_with_looping_answers_get_no_verdict() -> None:
-    tree = numbers(0.012, 0.001, 0.025, "not judged")
+    tree = numbers(0.012, 0.001, 0.025, "not evaluated")
     row = tree["effects"][0]
     row["faults"] = {"ab-x-s0": ["30 % of the answers loop"]}
     sentence = verdict_sentence(row, tree)
-    assert "**not judged**" in sentence
+    assert "**not evaluated**" in sentence
     assert sentence.endswith("because of faulty answers in ab-x-s0: 30 % of the answers loop.")

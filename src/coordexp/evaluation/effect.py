@@ -40,7 +40,7 @@ class Verdict(StrEnum):
     NO_DIFFERENCE = "no difference shown"
     IDENTICAL = "the same in every resample and seed"
     UNDEFINED = "not defined"
-    NOT_JUDGED = "not judged"  # the answers of one side are unsound: evaluation/parse.py
+    NOT_JUDGED = "not evaluated"  # the answers of one side are unsound: evaluation/parse.py
 
 
 def verdict_of_interval(lo: float, hi: float) -> Verdict:

@@ -1,6 +1,6 @@
 """From the arms of a question to verdicts: run missing experiments, evaluate all runs on the same images, compare.
 
-    plan_study -> Plan -> run_arm -> Run -> judge -> Numbers -> pages
+    `plan_study` -> Plan -> `run_arm` -> Run -> `judge` -> Numbers -> pages
 
 After each complete seed, `run_study` passes on all numbers.
 """

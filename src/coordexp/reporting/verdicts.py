@@ -64,7 +64,7 @@ def difference_from(row: Mapping[str, float] | None, *, judged: bool = True) -> 
 def compared(data: ReportData, name: str) -> dict[str, Difference | None]:
     """Metric -> difference of one comparison, None where it is undefined on either side.
 
-    None is judged if the answers of a side are truncated, loop or do not parse, or if neither side beats the blind
+    No difference is evaluated if the answers of a side are truncated, loop or do not parse, or if neither side beats the blind
     controls.
     """
     sides = COMPARISONS[name]
