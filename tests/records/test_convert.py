@@ -142,7 +142,7 @@ def test_an_added_or_missing_label_file_is_detected(tmp_path):
 
 
 def test_a_missing_root_is_an_error_with_its_path(tmp_path):
-    with pytest.raises(DataError, match=r"source\.sets\.coco\.root: .*nowhere is no folder.*ln -s"):
+    with pytest.raises(DataError, match=r"source\.sets\.coco\.root: .*nowhere is not a folder.*ln -s"):
         write_manifest(tmp_path / "raw", {"coco": coco_set(tmp_path / "nowhere")}, decode=False, workers=1)
 
 
