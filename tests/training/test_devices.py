@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -112,7 +113,8 @@ def train_base(space: Workspace) -> object:
     phase = {"steps": 1, "settle": True, "samples_per_step": 1, "task_shares": {}}
     weights = {"desc": 3.0, "localiser": 0.5, "localiser_sigma": 10.0}
     options = {"pack_tokens": 320, "lr": 0.002, "warmup_steps": 0, "decay_fraction": 0.25, "weights": weights}
-    params = {"seed": 3, "sprites": str(SPRITES), "phases": {"few": phase}, "train": options}
+    tower: dict[str, Any] = {"lr": 0.002, "phases": {}}
+    params = {"seed": 3, "sprites": str(SPRITES), "phases": {"few": phase}, "tower": tower, "train": options}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pretrain, "prepare_base_samples", lambda *_: None)
         patch.setattr(pretrain, "make_dev_evaluation", lambda *_: None)
