@@ -45,9 +45,7 @@ class RowsConfig(Block):
 
     most: Count = Field(description="maximum number of rows in a scene; each occurs with probability crowd_fraction")
     objects: int = Field(ge=2, le=40, description="maximum number of objects in a row")
-    smallest_fraction: ObjectSide = Field(
-        description="minimum mean object size in a row, relative to the shorter image side"
-    )
+    smallest_fraction: ObjectSide = Field(description="minimum mean object size in a row, of the shorter image side")
     largest_fraction: ObjectSide = Field(description="maximum mean object size in a row")
     closest: Annotated[float, Field(gt=0, le=2)] = Field(
         description="minimum distance from one object to the next, in widths; below 1 they overlap"
@@ -77,10 +75,8 @@ class ScenesConfig(Block):
         description="probability factor per additional object; 1 makes all counts equally likely"
     )
     max_iou: Fraction = Field(description="maximum IoU of two boxes in a scene")
-    smallest_fraction: ObjectSide = Field(
-        description="minimum size of an ordinary object, relative to the shorter image side"
-    )
-    largest_fraction: ObjectSide = Field(description="maximum size of an object, relative to the shorter image side")
+    smallest_fraction: ObjectSide = Field(description="minimum size of an ordinary object, of the shorter image side")
+    largest_fraction: ObjectSide = Field(description="maximum size of an object, of the shorter image side")
     small_fraction: Fraction = Field(
         description="fraction of small objects, from two thirds of smallest_fraction up to it"
     )
@@ -169,9 +165,7 @@ class RecordsConfig(Block):
         ge=0.01, le=1000, description="boxes with a shorter side below this are dropped, in pixels"
     )
     min_inside: Fraction = Field(description="minimum fraction of a box that must be inside the image")
-    polygons: Literal["keep", "drop"] = Field(
-        description="keep polygons of the source as metadata.segmentation, or drop them"
-    )
+    polygons: Literal["keep", "drop"] = Field(description="keep polygons as metadata.segmentation, or drop them")
     max_objects: Count = Field(description="maximum number of objects in a training record; 0 is unlimited")
     over_max: Literal["sample", "drop"] = Field(description="above max_objects: sample objects, or drop the record")
     bad_images: Literal["error", "drop"] = Field(
@@ -242,9 +236,7 @@ class ModelConfig(Block):
         min_length=1,
         description="pins of its files (`coordexp doctor --pin`); null: none, and no stage loads the model",
     )
-    coord_init: Literal["mean", "digits", "ordinal"] = Field(
-        description="initial values of the 1000 coordinate embedding rows"
-    )
+    coord_init: Literal["mean", "digits", "ordinal"] = Field(description="initial coordinate embedding rows")
     min_pixels: PositiveCount = Field(description="minimum number of pixels of an input image")
     max_pixels: PositiveCount = Field(description="maximum number of pixels of an input image")
 
@@ -277,7 +269,7 @@ class TuningConfig(Block):
     vision: Literal["train", "freeze"] = Field(description="train or freeze the vision tower")
     projector: Literal["train", "freeze"] = Field(description="train or freeze the mergers between vision and language")
     language: Literal["train", "freeze"] = Field(
-        description="train or freeze the language model, including embedding and head"
+        description="train or freeze the language model with embedding and head"
     )
     rank: int = Field(ge=1, le=1024, description="lora, dora: rank of an adapter")
     alpha: float = Field(gt=0, le=4096, description="lora, dora: the update is scaled by alpha / rank")

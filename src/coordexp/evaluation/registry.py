@@ -423,7 +423,7 @@ def metric_specs(params: EvalParams, *, lvis: bool = False, vocabulary: bool = F
     with_interval = [*view("intervals", params), *(view("lvis intervals", params) if lvis else ())]
     with_interval += view("vocabulary", params) if vocabulary else ()
     intervals = [
-        MetricSpec(f"interval.{key}", f"95 % bootstrap interval of `{key}` over images", "[low, high]", "neither")
+        MetricSpec(f"interval.{key}", f"95 % bootstrap interval of {key} over images", "[low, high]", "neither")
         for key in with_interval
     ]
     every = [*_COCO, *(_LVIS if lvis else ()), *_F1, *thresholds, *_PROTOCOL, *_ROLLOUT, *_PARSE, *dropped, *_INPUT]
