@@ -64,8 +64,8 @@ def difference_from(row: Mapping[str, float] | None, *, judged: bool = True) -> 
 def compared(data: ReportData, name: str) -> dict[str, Difference | None]:
     """Metric -> difference of one comparison, None where it is undefined on either side.
 
-    No difference is evaluated if the answers of a side are truncated, loop or do not parse, or if neither side beats the blind
-    controls.
+    No difference is evaluated if the answers of a side are truncated, loop or do not parse, or if neither side beats
+    the blind controls.
     """
     sides = COMPARISONS[name]
     judged = not any(checkpoint_faults(data.metrics, checkpoint) for checkpoint in sides)
