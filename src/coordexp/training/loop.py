@@ -115,11 +115,10 @@ def train(
 ) -> None:
     """Train in place for `optim.steps` steps, resuming from `state_folder` if it holds a state.
 
-    States are saved at most every `save_every_seconds`, and less often if saving would take more than SAVING_FRACTION
-    of the time. `start` identifies the present weights of the model, because frozen ones are not saved. `schedule`
-    maps a step to the factor on `optim.lr`; the default is a linear warm-up followed by a cosine. The callback runs
-    after every step and before a state is saved, so its files are never older than the state. If `lacking` reports
-    after the last step that the result cannot be written, the state is saved, so that a later call only writes it.
+    States are saved at most every `save_every_seconds`, less often where saving takes over SAVING_FRACTION of the time.
+    `start` identifies the present weights, because frozen ones are not saved. `schedule` maps a step to the factor on
+    `optim.lr`; by default a linear warm-up, then a cosine. The callback runs after every step, before a save: its files
+    are never older than the state. If `lacking` reports at the end that the result cannot be written, a state is saved.
 
     Raises:
         Interrupted: on SIGINT or SIGTERM, after saving; the same call resumes.
