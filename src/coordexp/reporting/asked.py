@@ -29,7 +29,7 @@ ASKED = "asked.png"
 FOUND_IOU = 0.5
 PANEL_PX = 224  # longer side of an image before enlargement
 COLOURS = 128  # so that git holds it
-TITLE_NAMES = 3
+TITLE_NAMES = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +94,7 @@ def write_asked(asked: Sequence[Asked], image_root: Path, path: Path) -> None:
 
 def _title(result: ImageResult) -> str:
     more = f" and {len(result.asked) - TITLE_NAMES} more" if len(result.asked) > TITLE_NAMES else ""
-    return f"prompt: {', '.join(result.asked[:TITLE_NAMES])}{more}{'' if result.pred else ' (answer: none)'}"
+    return f"prompt: {', '.join(result.asked[:TITLE_NAMES])}{more}{'' if result.pred else ' → none'}"
 
 
 def _panel(result: ImageResult, image_root: Path) -> Image.Image:

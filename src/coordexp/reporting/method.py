@@ -36,6 +36,7 @@ from coordexp.reporting.style import GREEN, INK, LOOKS, RED, WIDTH_IN, figure_st
 METHOD = "method.png"
 OBJECTS = range(2, 5)  # annotated, and predicted: what four small panels can show
 SLOT_COLOURS = ("#56B4E9", "#E69F00", "#009E73", "#CC79A7")  # of x1, y1, x2, y2
+TINY_FRACTION = 0.02  # of the image's area
 MISSED_COLOUR = "#E69F00"
 _LINE_CHARS, _LINES, _MONO_PT = 43, 9, 8.4
 _BREAK = re.compile(r"(?<=, )(?=\{)|(?=\"bbox_2d\")|(?=<\|im_end)")  # before an object, its box, and the end
@@ -57,9 +58,10 @@ class Method:
 def choose_method(
     outcome: Outcomes, distributions: Mapping[int, Distributions], matching: MatchingParams, seed: int
 ) -> Method | None:
-    """A whole answer of few objects, at random by the seed; one with a false positive and a false negative if there is.
+    """A complete answer that is easy to see, selected by rule and, among equals, by the seed.
 
-    None if no answer has distributions and a matched object.
+    Preferred in this order: few objects; different names; pairs as well as a false positive and a false negative; no
+    tiny object; an image at least as wide as high, as the panels are. None if no answer has distributions and a match.
     """
     strips = all_strips(outcome)
     found = [
@@ -72,12 +74,15 @@ def choose_method(
     ]
     order = generator(seed, "gallery/images").permutation(sorted(m.result.image_id for m in found)).tolist()
 
-    def preference(method: Method) -> tuple[bool, int, int]:
+    def preference(method: Method) -> tuple[bool, bool, int, bool, bool, int]:
         few = len(method.boxes) in OBJECTS and len(method.objects) in OBJECTS
-        kinds = sum(
-            map(bool, map(len, (method.matched.pairs, method.matched.unmatched_pred, method.matched.unmatched_gt)))
-        )
-        return not few, -kinds, order.index(method.result.image_id)
+        distinct = all(len({one.desc for one in side}) == len(side) for side in (method.objects, method.result.pred))
+        matched, size = method.matched, (method.result.width, method.result.height)
+        kinds = sum(map(bool, map(len, (matched.pairs, matched.unmatched_pred, matched.unmatched_gt))))
+        boxes_G4 = np.array([gt.bbox_xyxy_px for gt in method.objects]) / box_scale(*size)
+        smallest = (boxes_G4[:, 2:] - boxes_G4[:, :2]).prod(axis=1).min()
+        tiny, wide = smallest < TINY_FRACTION, size[0] >= size[1]
+        return not few, not distinct, -kinds, tiny, not wide, order.index(method.result.image_id)
 
     return min(found, key=preference, default=None)
 
@@ -179,7 +184,7 @@ def _matched(ax: Axes, method: Method, matching: MatchingParams, image: Image.Im
         _outline(ax, gt.bbox_xyxy_px, GREEN if j in partner else MISSED_COLOUR, dashed=True)
     names = [pred.desc for pred in method.result.pred]
     key = [
-        f"{i + 1} {names[i]} ↔ {method.objects[j].desc}, IoU {iou:.2f}"
+        f"{i + 1} {names[i]} ↔ annotated {method.objects[j].desc}, IoU {iou:.2f}"
         for (i, j), iou in zip(method.matched.pairs.tolist(), method.matched.iou_P.tolist(), strict=True)
     ]
     key += [f"{i + 1} {names[i]}: false positive" for i in method.matched.unmatched_pred.tolist()]
