@@ -62,7 +62,7 @@ def outcome(read: Callable[[], Any], path: Path, kind: type[CoordExpError]) -> A
         ('"x"'.encode("utf-16"), "not UTF-8"),
         (b"", "Expecting value"),
         (b"1 2", "Extra data"),
-        (b" " * 2000, "more than the 1000"),
+        (b" " * 2000, "more than the maximum of 1000"),
     ],
 )
 def test_ambiguous_json_is_refused(tmp_path: Path, content: bytes, reason: str) -> None:

@@ -82,7 +82,7 @@ def test_results_for_an_evaluation_server(paths: ProfilePaths, tmp_path: Path) -
     with pytest.raises(DataError, match="numbered 1 to 2 by this project"):
         write_server_results(predictions, info, paths, out)
     info.write_text(json.dumps({"images": [{"file_name": "b.jpg", "id": 91}]}))
-    with pytest.raises(DataError, match=r"a\.jpg: no image of"):
+    with pytest.raises(DataError, match=r"a\.jpg: no image in"):
         write_server_results(predictions, info, paths, out)
 
 
@@ -160,7 +160,7 @@ def test_runs_that_cannot_be_published_are_refused(
 
 @pytest.mark.parametrize(
     ("sets", "words"),
-    [(("coco",), "with the ids of the source"), (("coco", "mine"), "ids made for this mixture of sets")],
+    [(("coco",), "with the ids of the source"), (("coco", "mine"), "ids assigned for this mixture of data sets")],
 )
 def test_the_card_states_the_origin_of_the_ids(
     finished: RunConfig, tmp_path: Path, repository: Path, sets: tuple[str, ...], words: str

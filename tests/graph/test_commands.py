@@ -37,7 +37,6 @@ NOT_RUN = {
     r"git clone .*|cd .*|source .*": "the clone is there, and on the path",
     r"coordexp (ab|answer) (?!.*--(dry|list)).*": "trains for minutes to hours; tests/graph/test_smoke.py runs one",
     r"coordexp monitor .*|ls \.resume/.*|.* runs/monitor/.*": "watches a run in progress; tests/experiments",
-    r"coordexp convert .*": "a data set of the user; tests/records",
     r"coordexp init .*|coordexp doctor --profile mine .*|.*profile=mine": "photos of a user; tests/doctor",
     r"coordexp (evaluate|compare) --truth .*": "detectors of others; tests/evaluation/test_foreign.py",
     r"coordexp (report|browse) .*--truth .*": "detectors of others; tests/reporting",

@@ -114,7 +114,7 @@ def test_a_comment_or_a_docstring_in_every_file_changes_nothing(root: Path) -> N
         ("coordexp.reporting.gallery", {"report"}),
         ("coordexp.evaluation.coco", {"coco-eval", "report"}),
         ("coordexp.rollout.rescore", {"rollout", "decode", "stage1", "stage2", "stage1-control"}),
-        ("coordexp.rollout.confidence", {"decode", "coco-eval", "rollout", "stage1", "stage2", "stage1-control"}),
+        ("coordexp.rollout.confidence", {*STAGES} - {"raw", "convert", "norm1000", "pack"}),
         ("coordexp.training.stage2", {"stage2"}),
         ("coordexp.training.loop", {"stage1", "stage2", "stage1-control"}),
         ("coordexp.config.removed", set()),

@@ -123,7 +123,7 @@ def test_a_file_truncated_within_a_character_is_an_error_with_the_line(tmp_path)
     write_results(path, [RESULT])
     whole = path.read_bytes()
     path.write_bytes(whole + whole[: whole.index("猫".encode()) + 1])
-    with pytest.raises(DataError, match=r"r\.jsonl:2: .*cut"):
+    with pytest.raises(DataError, match=r"r\.jsonl:2: .*truncated"):
         list(read_results(path))
 
 

@@ -244,7 +244,7 @@ def test_existing_parts_are_kept_and_an_incomplete_folder_is_an_error(coco, caps
     assert content(datasets / "coco") == before
     (datasets / "coco" / "val2017" / f"{PICTURES:012d}.jpg").unlink()
     assert fetch.main(arguments, sets) == EXIT_USAGE
-    assert f"holds {PICTURES - 1} files, expected {PICTURES}" in capsys.readouterr().err
+    assert f"has {PICTURES - 1} files, expected {PICTURES}" in capsys.readouterr().err
 
 
 def test_without_network_the_error_states_what_to_do(coco, capsys) -> None:

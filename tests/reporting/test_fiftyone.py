@@ -127,7 +127,7 @@ def test_an_installation_without_its_database_is_reported_to_the_user(
 
 @pytest.mark.parametrize(
     ("installed", "name", "words"),
-    [(False, "new", "pip install 'coordexp[browse]'"), (True, "mine", "FiftyOne has a data set of this name")],
+    [(False, "new", "pip install 'coordexp[browse]'"), (True, "mine", "FiftyOne already has this data set")],
 )
 def test_missing_packages_and_used_names_are_reported(
     fake: Fake, picture: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],

@@ -171,7 +171,7 @@ class TestWithoutABrowser:
         truth = foreign.index("--truth")
         for words, arguments in {
             "together": foreign[:truth] + foreign[truth + 2 :],
-            "give --truth": ["--form", "qwen3-vl", "--images", foreign[foreign.index("--images") + 1], foreign[-1]],
+            "add --truth": ["--form", "qwen3-vl", "--images", foreign[foreign.index("--images") + 1], foreign[-1]],
         }.items():
             with pytest.raises(SystemExit) as done:
                 cli.main(["report", "--html", "p.html", *arguments])

@@ -177,7 +177,7 @@ def test_stored_answers_that_do_not_match_are_rejected(workspace):
     (path.parent / HASHES).unlink()
     whole = np.load(path)
     for damage, words in (
-        (whole[:-1], "answers.jsonl holds"),
+        (whole[:-1], "answers.jsonl has"),
         (whole[:, :, :9], r"expected float16 \(objects, 4, 1000\)"),
         (whole.astype(np.float64), "holds float64"),
     ):

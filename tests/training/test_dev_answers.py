@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from coordexp.drawing.panels import FALSE, MISSED, RIGHT
 from coordexp.records.gt_vs_pred import GroundTruth, ImageResult, ParseReport, Prediction
 from coordexp.training.dev_answers import count_answers, draw_answers, duplicate_pairs, judge_answer
 
@@ -72,4 +73,4 @@ def test_the_figure_marks_correct_false_and_missed_objects(tmp_path: Path) -> No
     assert two.width == 2 * one.width + 6
     assert two.height == 2 * one.height + 6
     pixels = {tuple(p) for p in np.asarray(one).reshape(-1, 3).tolist()}
-    assert {(0, 158, 115), (214, 39, 40), (245, 140, 0)} <= pixels
+    assert {RIGHT.colour, FALSE.colour, MISSED.colour} <= pixels

@@ -22,7 +22,7 @@ from coordexp.reporting.inputs import Metrics, ReportData, bounds_of, metric
 from coordexp.reporting.markdown import MISSING, decimals, signed, table, with_interval
 
 RULE = (
-    "A difference is **better** or **worse** if its 95 % interval (paired bootstrap over images) excludes 0; "
+    "A difference is called **better** or **worse** if its 95 % interval (paired bootstrap over images) excludes 0; "
     "otherwise, **no difference shown**. The interval covers the choice of images, not the training seed."
 )
 
