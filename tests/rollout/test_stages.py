@@ -185,7 +185,7 @@ def test_stored_answers_that_do_not_match_are_rejected(workspace):
         with pytest.raises(DataError, match=words):
             decoded(space)
     path.write_bytes(path.read_bytes()[:60])
-    with pytest.raises(DataError, match="cut or edited"):
+    with pytest.raises(DataError, match="truncated or edited"):
         decoded(space)
 
 
