@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from pathlib import Path
 
 import pytest
 
 from coordexp.reporting.answers import Answer, standing_answers
 from coordexp.reporting.checklist import Check
 from coordexp.reporting.decision import (
-    answered_questions,
     checks_line,
     decision,
     error_budget,
@@ -110,14 +108,3 @@ def test_failed_checks_are_named_and_others_counted() -> None:
     line = checks_line(checks)
     assert line.startswith("1 of 3 checks hold; **1 failed**: two fails; 1 cannot be determined")
     assert "one holds" not in line
-
-
-def test_answered_questions_are_linked_by_their_titles(tmp_path: Path) -> None:
-    folder = tmp_path / "answers"
-    assert answered_questions(folder) == ""
-    folder.mkdir()
-    (folder / "sigma.md").write_text("# Does a wider *target* repeat?\n\nNo.\n")
-    (folder / "bare.md").write_text("No title.\n")
-    assert answered_questions(folder) == (
-        "[bare](../answers/bare.md) · [Does a wider \\*target\\* repeat?](../answers/sigma.md)"
-    )

@@ -16,7 +16,7 @@ from coordexp.reporting.checklist import Check
 from coordexp.reporting.forest import NAMES, write_forest
 from coordexp.reporting.gallery import RULES, GalleryPick, write_example
 from coordexp.reporting.inputs import TRAINED, ReportData, bounds_of, metric
-from coordexp.reporting.markdown import MISSING, decimals, escape, number, table, with_interval
+from coordexp.reporting.markdown import MISSING, decimals, number, table, with_interval
 from coordexp.reporting.outcomes import Outcomes
 from coordexp.reporting.verdicts import checkpoint_faults, compared, nothing_learned, verdict_of, warnings
 
@@ -167,17 +167,6 @@ def checks_line(checks: Sequence[Check]) -> str:
     parts += [f"**{len(failed)} failed**: {'; '.join(failed)}"] if failed else []
     parts += [f"{len(untold)} cannot be determined from the files: {'; '.join(untold)}"] if untold else []
     return "; ".join(parts)
-
-
-def answered_questions(folder: Path) -> str:
-    """Links from the report to the pages of `coordexp answer`, by their titles; empty if there are none."""
-    pages = sorted(folder.glob("*.md")) if folder.is_dir() else []
-    return " · ".join(f"[{escape(_title(page))}](../{folder.name}/{page.name})" for page in pages)
-
-
-def _title(page: Path) -> str:
-    lines = page.read_text(encoding="utf-8").splitlines()
-    return next((line.lstrip("# ").strip() for line in lines if line.startswith("# ")), page.stem)
 
 
 def examples(picks: Sequence[GalleryPick]) -> dict[str, GalleryPick]:

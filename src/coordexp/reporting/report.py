@@ -33,7 +33,6 @@ from coordexp.reporting.asked import ASKED, choose_asked, write_asked
 from coordexp.reporting.checklist import checklist_table, run_checks
 from coordexp.reporting.decision import (
     EXAMPLES,
-    answered_questions,
     checks_line,
     decision,
     error_budget,
@@ -105,7 +104,6 @@ def build_report(inputs: ReportInputs, out_dir: Path) -> Path:
     context = _context(inputs, data, outcomes, picks, strips, dup_key)
     context["method_file"] = METHOD if method else ""
     context |= {"asked": [kind.caption for kind in asked], "asked_file": ASKED if any(k.shown for k in asked) else ""}
-    context |= {"questions": answered_questions(out_dir.parent / "answers")}
     texts = {name: _render(name, context) for name in (*(f"{DETAILS}/{subject}.md" for subject in SUBJECTS), PAGE)}
     for folder in FOLDERS:  # remove the figures of an older report
         shutil.rmtree(out_dir / folder, ignore_errors=True)
