@@ -105,7 +105,13 @@ class RunReading:
     unit: str
     better: Literal["higher", "lower", "neither"]
     paths: Callable[[ProfilePaths, str], Sequence[str]]
-    read: Callable[[RunFiles, str], Reading | None]
+    compute: Callable[[RunFiles, str], Reading | None]  # of a checkpoint, from the fetched outputs
+
+    def read(self, files: RunFiles, checkpoint: str) -> Reading | None:
+        """The reading of a checkpoint; raises DataError if an output that it needs cannot be fetched."""
+        for path in self.paths(files.paths, checkpoint):
+            files.fetch(Path(path))
+        return self.compute(files, checkpoint)
 
 
 # Coordinate errors in the model's own context compared with the annotated context.
@@ -152,8 +158,6 @@ def _step_paths(paths: ProfilePaths, checkpoint: str) -> Sequence[str]:
 
 def _f1_with_map(files: RunFiles, checkpoint: str) -> Reading | None:
     """The correlation of F1 and mAP on dev over the kept steps of a stage."""
-    for path in _step_paths(files.paths, checkpoint):
-        files.fetch(Path(path))
     run = files.config()
     if not (run.paths.run(checkpoint) / KEPT_STEPS).is_dir():
         raise DataError(
@@ -191,8 +195,6 @@ def _order_agreement(files: RunFiles, checkpoint: str) -> Reading | None:
     the original order, greedy decoding would repeat the rest exactly, an agreement of 1. Images count in proportion to
     their number of objects.
     """
-    for path in _answer_paths(files.paths, checkpoint):
-        files.fetch(Path(path))
     results = own_lines(read_answers(files.repository, files.revision, files.paths, checkpoint, files.params.decode))
     told = {"decode": files.params.decode.model_dump(), "seed": files.draws.seed, "code": code_hash(__name__)}
     name = f"order-{checkpoint}-{fingerprint(told, [])}.json"
@@ -246,10 +248,12 @@ SAMPLES, SUPPORT = 8, 2  # sampled answers per image; minimum votes for an objec
 SAMPLED: dict[str, Any] = {"temperature": 0.7, "top_p": 1.0, "beams": 1, "grammar": "any", "corners": "valid"}
 
 
+def _vote_paths(paths: ProfilePaths, checkpoint: str) -> Sequence[str]:
+    return [*_answer_paths(paths, checkpoint), categories_path(paths)]
+
+
 def _sampled_answers(files: RunFiles, checkpoint: str) -> list[list[ImageResult]]:
     """K sampled answers per val image; kept, so that a second reading generates none."""
-    for path in _answer_paths(files.paths, checkpoint):
-        files.fetch(Path(path))
     run = files.config()
     decode = run.params.decode.model_copy(update=SAMPLED)
     run = replace(run, params=run.params.model_copy(update={"decode": decode}))
@@ -266,7 +270,6 @@ def _vote_gain(files: RunFiles, checkpoint: str) -> Reading | None:
     """mAP of the objects on which samples agree, minus that of the run's own answers."""
     voted = vote(_sampled_answers(files, checkpoint), SUPPORT)
     own = read_answers(files.repository, files.revision, files.paths, checkpoint, files.params.decode)
-    files.fetch(Path(categories_path(files.paths)))
     categories = read_categories(files.config().paths.records / "categories.json")
     judged = files.params.eval.model_copy(update={"bootstrap_resamples": files.draws.eval.bootstrap_resamples})
     ours, theirs = (
@@ -347,6 +350,6 @@ READINGS = {
     "samples.vote_gain": RunReading(
         f"mAP of the objects that at least {SUPPORT} of {SAMPLES} sampled answers agree on minus mAP of the run's own "
         "answers",
-        "0..1", "higher", _answer_paths, _vote_gain,
+        "0..1", "higher", _vote_paths, _vote_gain,
     ),
 }  # fmt: skip

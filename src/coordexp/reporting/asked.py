@@ -18,11 +18,10 @@ from coordexp.drawing.boxes import draw_detections, readable_scale
 from coordexp.drawing.panels import CAUSES, FONT_PX, RIGHT, RIGHT_SIGN, side_by_side
 from coordexp.geometry.boxes import pairwise_iou
 from coordexp.infra.files import write_bytes
-from coordexp.infra.random_streams import generator
 from coordexp.records.categories import Category, Split
 from coordexp.records.gt_vs_pred import ImageResult
 from coordexp.records.images import read_record_rgb
-from coordexp.reporting.gallery import reduced, with_palette
+from coordexp.reporting.gallery import image_ranks, reduced, with_palette
 from coordexp.reporting.markdown import escape
 
 ASKED = "asked.png"
@@ -62,8 +61,7 @@ def choose_asked(results: Sequence[ImageResult], categories: Sequence[Category],
 
 def _chosen(title: str, results: Sequence[ImageResult], is_right: Callable[[ImageResult], bool], seed: int) -> Asked:
     right = [result for result in results if is_right(result)]
-    order = generator(seed, "gallery/images").permutation(sorted(result.image_id for result in results)).tolist()
-    rank = {image_id: place for place, image_id in enumerate(order)}
+    rank = image_ranks(sorted(result.image_id for result in results), seed)
     first = min(right, key=lambda result: rank[result.image_id], default=None)
     return Asked(title, len(right), len(results), first)
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from PIL import Image
 
@@ -94,11 +95,18 @@ def choose_images(per_image: Mapping[str, pd.DataFrame], dup_key: str, count: in
     for rule, score in scores.items():
         left = score[(score > 0) & ~score.index.isin(chosen)].sort_values(ascending=False, kind="stable")
         chosen |= dict.fromkeys(left.index[: count // len(RULES)].tolist(), rule)
-    # One order of all images, so that runs that err on different images still show nearly the same ones.
-    order = generator(seed, "gallery/images").permutation(shown.index.to_numpy()).tolist()
-    drawn = [image_id for image_id in order if image_id not in chosen]
+    drawn = [image_id for image_id in image_ranks(shown.index, seed) if image_id not in chosen]
     chosen |= dict.fromkeys(drawn[: max(0, count - len(chosen))], "random")
     return [GalleryPick(rule, image_id) for image_id, rule in chosen.items()]
+
+
+def image_ranks(image_ids: Iterable[int], seed: int) -> dict[int, int]:
+    """Image id -> its place in an order that the seed shuffles; the ids come in that order.
+
+    One order of all images, so that runs that err on different images still show nearly the same ones.
+    """
+    order = generator(seed, "gallery/images").permutation(np.array([*image_ids])).tolist()
+    return {image_id: place for place, image_id in enumerate(order)}
 
 
 def n_errors(per_image: pd.DataFrame) -> pd.Series:

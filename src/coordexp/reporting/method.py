@@ -11,6 +11,7 @@ Legend: N predictions, M annotated objects, K bins.
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,11 +25,11 @@ from PIL import Image
 from coordexp.config.schema import MatchingParams
 from coordexp.geometry.bins import COORD_PATTERN, NUM_BINS, box_scale
 from coordexp.geometry.boxes import Box
-from coordexp.infra.random_streams import generator
 from coordexp.matching.matcher import MatchResult, match
 from coordexp.records.gt_vs_pred import GroundTruth, ImageResult
 from coordexp.records.images import read_record_rgb
 from coordexp.reporting.figures_coordinates import Strip, all_strips, draw_density
+from coordexp.reporting.gallery import image_ranks
 from coordexp.reporting.inputs import Distributions
 from coordexp.reporting.outcomes import Outcomes
 from coordexp.reporting.style import GREEN, INK, LOOKS, RED, WIDTH_IN, figure_style, new_figure, save_figure
@@ -63,16 +64,18 @@ def choose_method(
     Preferred in this order: few objects; different names; pairs as well as a false positive and a false negative; no
     tiny object; an image at least as wide as high, as the panels are. None if no answer has distributions and a match.
     """
-    strips = all_strips(outcome)
+    strips: dict[int, list[Strip]] = defaultdict(list)
+    for strip in all_strips(outcome):
+        strips[strip.image_id].append(strip)
     found = [
         method
         for result in outcome.results
         if result.image_id in distributions
         and result.parse is not None
         and result.parse.ok
-        and (method := _method(result, [s for s in strips if s.image_id == result.image_id], matching))
+        and (method := _method(result, strips[result.image_id], matching))
     ]
-    order = generator(seed, "gallery/images").permutation(sorted(m.result.image_id for m in found)).tolist()
+    rank = image_ranks(sorted(m.result.image_id for m in found), seed)
 
     def preference(method: Method) -> tuple[bool, bool, int, bool, bool, int]:
         few = len(method.boxes) in OBJECTS and len(method.objects) in OBJECTS
@@ -82,7 +85,7 @@ def choose_method(
         boxes_G4 = np.array([gt.bbox_xyxy_px for gt in method.objects]) / box_scale(*size)
         smallest = (boxes_G4[:, 2:] - boxes_G4[:, :2]).prod(axis=1).min()
         tiny, wide = smallest < TINY_FRACTION, size[0] >= size[1]
-        return not few, not distinct, -kinds, tiny, not wide, order.index(method.result.image_id)
+        return not few, not distinct, -kinds, tiny, not wide, rank[method.result.image_id]
 
     return min(found, key=preference, default=None)
 
