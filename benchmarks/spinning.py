@@ -2,9 +2,10 @@
 
     PYTHONPATH=src python -m benchmarks.spinning [--busy 0,1,2,4] [--ways bounded,library]
 
-With B other busy processes, the fair share of T threads is C T / (T + B) of C cores. The slowdown of a step is compared
-with the slowdown that this share would give. Each variant runs stage 1's loop (benchmarks.training_step) in its own
-process, because GNU OpenMP reads its wait policy when it is loaded. Ratios are within a round.
+Each of the B other busy processes is a session of its own, so its fair share of C cores is C / (B + 1), at most one
+core, and the rest is ours. The slowdown of a step is compared with the slowdown that this share would give. Each way
+of waiting runs stage 1's loop (benchmarks.training_step) in its own process, because GNU OpenMP reads its wait policy
+when it is loaded. Ratios are within a round.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ _BUSY = "while True: sum(range(100000))"
 
 @contextmanager
 def busy(count: int) -> Iterator[None]:
-    """As many processes that want a core each."""
-    others = [subprocess.Popen([sys.executable, "-c", _BUSY]) for _ in range(count)]
+    """As many processes that want a core each, in sessions of their own: Linux shares cores among sessions first."""
+    others = [subprocess.Popen([sys.executable, "-c", _BUSY], start_new_session=True) for _ in range(count)]
     try:
         yield
     finally:
@@ -47,8 +48,12 @@ def busy(count: int) -> Iterator[None]:
 
 
 def fair_slowdown(busy_processes: int, cores: int) -> float:
-    """How much longer a step of as many threads as cores takes on its fair share of them than alone."""
-    return (cores + busy_processes) / cores
+    """How much longer a step of as many threads as cores takes on its fair share of them than alone.
+
+    Every session gets the same time, but a busy process of one thread at most one core.
+    """
+    of_others = busy_processes * min(1.0, cores / (busy_processes + 1))
+    return cores / (cores - of_others)
 
 
 def seconds_per_sample(way: str, arguments: argparse.Namespace) -> tuple[float, float]:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 import warm_python
+from coordexp.infra.threads import SPIN_ROUNDS
 
 SHOW = """
 import atexit, json, os, random, resource, sys, numpy
@@ -76,7 +77,7 @@ def test_changed_environment_or_options_start_a_fresh_interpreter(environment: d
         return done.stdout == "True\n"
 
     assert is_warm("python", "x.py")
-    assert is_warm("python", "x.py", GOMP_SPINCOUNT="20000")  # what the package sets itself
+    assert is_warm("python", "x.py", GOMP_SPINCOUNT=SPIN_ROUNDS)  # what the package sets itself
     assert is_warm("python", "x.py", PYTHONUNBUFFERED="1")
     assert not is_warm("python", "x.py", OMP_NUM_THREADS="2")
     assert not is_warm("python", "x.py", HF_HOME="elsewhere")

@@ -52,7 +52,7 @@ FREE += ("RANK", "WORLD_SIZE", "MFLAGS", "TORCHINDUCTOR_CACHE_DIR")
 FREE_BEGINNINGS = ("DVC_", "GIT_", "MAKE", "PYTEST_", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")
 FREE_BEGINNINGS += ("TORCH_NCCL_", "TOY_")
 # What the package, or the interpreter, sets itself before a library is imported.
-ALWAYS = {"GOMP_SPINCOUNT": "20000", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "LC_CTYPE": "C.UTF-8"}
+ALWAYS = {"GOMP_SPINCOUNT": "2000", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "LC_CTYPE": "C.UTF-8"}
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 Program = dict[str, Any]
 

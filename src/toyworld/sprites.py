@@ -23,19 +23,29 @@ from coordexp.records.categories import Split
 from coordexp.records.images import open_image
 
 Color = tuple[int, int, int]  # RGB, 0..255
-LUMA = np.array([0.299, 0.587, 0.114], np.float32)
+LUMA = (0.299, 0.587, 0.114)  # of red, green, blue: ITU-R BT.601
 # Luminance is mapped into this range before tinting, because the color of a deep shadow or a highlight is invisible.
 DARKEST, LIGHTEST = 0.12, 0.78
 
 
 def tinted(pixels: NDArray[np.float32], color: Color) -> NDArray[np.float32]:
     """RGBA pixels (colors 0..255) in shades of one color, with their luminance mapped to DARKEST..LIGHTEST."""
-    luma = DARKEST + (LIGHTEST - DARKEST) * (pixels[..., :3] @ LUMA / 255)
+    luma = DARKEST + (LIGHTEST - DARKEST) * (_luma(pixels) / 255)
     rgb = np.array(color, np.float32) / 255
-    own = float(rgb @ LUMA)
+    own = float(_luma(rgb))
     shade = rgb * (np.minimum(luma, own) / own)[..., None]  # from black to the color, then from the color to white
     shade += (1 - shade) * ((np.maximum(luma, own) - own) / (1 - own))[..., None]
     return np.concatenate([255 * shade, pixels[..., 3:]], axis=-1)
+
+
+def _luma(rgb: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The luminance of colors in the last axis.
+
+    Not a matrix product: the library behind it adds in another order, or with other roundings, on other processors, and
+    the composed images would differ.
+    """
+    red, green, blue = (np.float32(weight) * rgb[..., channel] for channel, weight in enumerate(LUMA))
+    return red + green + blue
 
 
 @dataclass(frozen=True, slots=True)

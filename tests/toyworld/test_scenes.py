@@ -5,13 +5,18 @@ from __future__ import annotations
 import colorsys
 import filecmp
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from itertools import combinations
+from pathlib import Path
 from typing import get_args
 
 import numpy as np
 import pytest
+from numpy._core._multiarray_umath import __cpu_dispatch__, __cpu_features__
 
 from coordexp.errors import DataError
 from coordexp.geometry.boxes import as_boxes, pairwise_iou, reading_order
@@ -34,6 +39,37 @@ PLACES = [(split, index) for split in ("train", "val") for index in range(20)]
 @pytest.fixture(scope="module")
 def scenes():
     return {key: compose_scene(SCENES, catalog(), 3, *key) for key in PLACES}
+
+
+COMPOSE = """
+import hashlib, sys
+from pathlib import Path
+import numpy as np
+from coordexp.config.profile import ScenesConfig
+from toyworld.composer import compose_scene
+from toyworld.sprites import load_catalog, tinted
+source = ScenesConfig.model_validate_json(sys.argv[1])
+catalog = load_catalog(Path(source.sprites))
+made = [compose_scene(source, catalog, 3, split, index).pixels for split in ("train", "val") for index in range(5)]
+made.append(tinted(np.random.default_rng(1).uniform(0, 255, (200, 200, 4)).astype(np.float32), (200, 30, 90)))
+print(hashlib.sha256(b"".join(pixels.tobytes() for pixels in made)).hexdigest())
+"""
+
+
+def test_scenes_are_the_same_on_other_processors(repository: Path) -> None:
+    """The variables select code for an old processor; the library of matrix products would round otherwise there."""
+    absent = " ".join(name for name in __cpu_dispatch__ if __cpu_features__[name])
+    processors = [{"OPENBLAS_CORETYPE": "Nehalem"}, {"NPY_DISABLE_CPU_FEATURES": absent}]
+    processors += [{"OPENBLAS_CORETYPE": "SkylakeX"}] if __cpu_features__["AVX512_SKX"] else []
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", COMPOSE, SCENES.model_dump_json()],
+            env=os.environ | {"PYTHONPATH": str(repository / "src")} | processor,
+            capture_output=True, text=True, check=True,
+        ).stdout
+        for processor in ({}, *processors)
+    }  # fmt: skip
+    assert len(found) == 1
 
 
 def test_boxes_lie_inside_and_are_in_reading_order(scenes):

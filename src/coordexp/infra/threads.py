@@ -16,7 +16,7 @@ from pathlib import Path
 
 from coordexp.infra.files import write_text
 
-SPIN_NAME, SPIN_ROUNDS = "GOMP_SPINCOUNT", "20000"
+SPIN_NAME, SPIN_ROUNDS = "GOMP_SPINCOUNT", "2000"
 POLICY_NAME = "OMP_WAIT_POLICY"  # the portable setting of the same; if the user sets it, it is respected
 COUNT_NAME = "OMP_NUM_THREADS"
 CUDA_ALLOCATOR_NAMES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")  # every version of torch reads the first
