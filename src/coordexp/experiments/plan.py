@@ -112,7 +112,7 @@ def plan_study(study: Question, root: Path) -> Plan:
 
 def _check_metrics(study: Question) -> None:
     """Raise ConfigError if a claim uses an unknown metric."""
-    known = [*metric_specs(STANDARD), *MEASURES, *READINGS]
+    known = [*metric_specs(STANDARD, vocabulary=True), *MEASURES, *READINGS]
     for name, claim in study.claims.items():
         if claim.metric not in known:
             raise ConfigError(
