@@ -62,9 +62,18 @@ def test_a_stage_with_an_outdated_dependency_runs_again(present: Present) -> Non
     assert Past(lock, {}, {}, {"inputs/tiny/train.json": "9"}).torn(["train"]) == "inputs/tiny/train.json"
 
 
+def test_stages_of_another_profile_in_the_same_lock_do_not_count(present: Present) -> None:
+    """An experiment that runs some stages of another profile keeps the entries of the others, with their inputs."""
+    lock = {"train": entry("train", told="1"), "decode@train": entry("decode train", told="2", train="a")}
+    told = present.told_stage("decode@train", [])
+    past = Past(lock, {}, {"inputs/tiny/decode.json": told, "inputs/zoo/decode.json": told | {"decode.box": "?"}}, {})
+    assert told
+    assert present.change(past, []) == ""
+
+
 def test_differences_name_each_key_once_and_code_last() -> None:
-    old = Past({}, {}, {"a": {"x": 1, CODE: "1"}, "b": {"x": 1, "y": 2, CODE: "1"}}, {})
-    new = Past({}, {}, {"a": {"x": 3, CODE: "2"}, "b": {"x": 3, "y": 2, CODE: "1"}}, {})
+    old = Past({}, {}, {"inputs/t/a.json": {"x": 1, CODE: "1"}, "inputs/t/b.json": {"x": 1, "y": 2, CODE: "1"}}, {})
+    new = Past({}, {}, {"inputs/t/a.json": {"x": 3, CODE: "2"}, "inputs/t/b.json": {"x": 3, "y": 2, CODE: "1"}}, {})
     assert changes(old, new) == [Change("x", 1, 3, ("a", "b")), Change(CODE, "1", "2", ("a",))]
     assert list(map(str, changes(old, new))) == ["x 1 -> 3", "code of a"]
     assert changes(old, old) == []

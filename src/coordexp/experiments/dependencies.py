@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from coordexp.config.loading import parse_profile, parse_value, profile_tree, read_yaml
@@ -42,7 +42,7 @@ class Past:
 
     lock: Lock
     ids: GitIds
-    inputs: Mapping[str, Inputs]  # by the stem of the file
+    inputs: Mapping[str, Inputs]  # by the path of the file: dvc.lock may hold stages of several profiles
     inputs_md5: Mapping[str, str]  # by the path of the file
 
     def made(self, path: str) -> str:
@@ -84,8 +84,8 @@ class Change:
 def changes(old: Past, new: Past) -> list[Change]:
     """The differences between two runs, parameters first: each key once, with the stages that read it."""
     found: dict[str, Change] = {}
-    for stage in sorted(old.inputs.keys() & new.inputs.keys()):
-        then, now = old.inputs[stage], new.inputs[stage]
+    for path in sorted(old.inputs.keys() & new.inputs.keys()):
+        stage, then, now = PurePosixPath(path).stem, old.inputs[path], new.inputs[path]
         for key in then | now:
             if then.get(key) != now.get(key):
                 stages = (*found[key].stages, stage) if key in found else (stage,)
@@ -287,7 +287,7 @@ def _stage_change(name: str, plan: StagePlan, past: Past, told: Inputs) -> str:
         return f"the command of stage {name}"
     if by_path(entry, "deps").keys() != plan.deps:
         return f"the list of dependencies of stage {name}"
-    if found := first_difference(past.inputs.get(plan.inputs.stem if plan.inputs else "", {}), told):
+    if found := first_difference(past.inputs.get(str(plan.inputs), {}), told):
         return f"{'the code' if found[0] == CODE else found[0]} of stage {name}"
     return ""
 

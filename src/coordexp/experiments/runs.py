@@ -277,7 +277,7 @@ class Repository:
             lock=lock.get("stages", {}),
             ids={},
             inputs={
-                Path(path).stem: INPUT_FILES.parse_json(text, f"{path} of {revision[:12]}")
+                path: INPUT_FILES.parse_json(text, f"{path} of {revision[:12]}")
                 for path, text in texts.items()
                 if path in read
             },

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from coordexp.drawing.boxes import draw_detections, readable_scale
+from coordexp.drawing.boxes import draw_detections, font, readable_scale
 from coordexp.drawing.panels import CAUSES, FONT_PX, RIGHT, RIGHT_SIGN, side_by_side
 from coordexp.geometry.boxes import pairwise_iou
 from coordexp.infra.files import write_bytes
@@ -81,18 +81,24 @@ def _is_silent(result: ImageResult) -> bool:
 
 def write_asked(asked: Sequence[Asked], image_root: Path, path: Path) -> None:
     """Draw the answers side by side, small enough for git; no file if none is correct."""
-    panels = [(_title(kind.shown), _panel(kind.shown, image_root)) for kind in asked if kind.shown]
+    panels = [(kind.shown, _panel(kind.shown, image_root)) for kind in asked if kind.shown]
     if not panels:
         return
     out = io.BytesIO()
-    picture = with_palette(side_by_side(panels, CAUSES[:1]))
+    width = panels[0][1].width
+    picture = with_palette(side_by_side([(_title(shown, width), panel) for shown, panel in panels], CAUSES[:1]))
     picture.save(out, "PNG", optimize=True)
     write_bytes(path, out.getvalue())
 
 
-def _title(result: ImageResult) -> str:
-    more = f" and {len(result.asked) - TITLE_NAMES} more" if len(result.asked) > TITLE_NAMES else ""
-    return f"prompt: {', '.join(result.asked[:TITLE_NAMES])}{more}{'' if result.pred else ' → none'}"
+def _title(result: ImageResult, width_px: int) -> str:
+    """The prompt, with as many of its names as fit, at least one."""
+    for n in range(min(TITLE_NAMES, len(result.asked)), 0, -1):
+        more = f" and {len(result.asked) - n} more" if len(result.asked) > n else ""
+        title = f"prompt: {', '.join(result.asked[:n])}{more}{'' if result.pred else ' → none'}"
+        if font(FONT_PX).getlength(title) <= width_px:
+            break
+    return title
 
 
 def _panel(result: ImageResult, image_root: Path) -> Image.Image:

@@ -40,6 +40,7 @@ SLOT_COLOURS = ("#56B4E9", "#E69F00", "#009E73", "#CC79A7")  # of x1, y1, x2, y2
 TINY_FRACTION = 0.02  # of the image's area
 MISSED_COLOUR = "#E69F00"
 _LINE_CHARS, _LINES, _MONO_PT = 43, 9, 8.4
+_KEY_LINES = 6  # below the matched set: more would take the space of the panels
 _BREAK = re.compile(r"(?<=, )(?=\{)|(?=\"bbox_2d\")|(?=<\|im_end)")  # before an object, its box, and the end
 _ABOVE = (0, 1.01, 1, 0.16)  # of an image: where the distributions of x are
 _COLOURS = 200
@@ -77,15 +78,15 @@ def choose_method(
     ]
     rank = image_ranks(sorted(m.result.image_id for m in found), seed)
 
-    def preference(method: Method) -> tuple[bool, bool, int, bool, bool, int]:
-        few = len(method.boxes) in OBJECTS and len(method.objects) in OBJECTS
+    def preference(method: Method) -> tuple[int, bool, int, bool, bool, int]:
+        beyond = sum(max(OBJECTS.start - n, n - OBJECTS.stop + 1, 0) for n in (len(method.boxes), len(method.objects)))
         distinct = all(len({one.desc for one in side}) == len(side) for side in (method.objects, method.result.pred))
         matched, size = method.matched, (method.result.width, method.result.height)
         kinds = sum(map(bool, map(len, (matched.pairs, matched.unmatched_pred, matched.unmatched_gt))))
         boxes_G4 = np.array([gt.bbox_xyxy_px for gt in method.objects]) / box_scale(*size)
         smallest = (boxes_G4[:, 2:] - boxes_G4[:, :2]).prod(axis=1).min()
         tiny, wide = smallest < TINY_FRACTION, size[0] >= size[1]
-        return not few, not distinct, -kinds, tiny, not wide, rank[method.result.image_id]
+        return beyond, not distinct, -kinds, tiny, not wide, rank[method.result.image_id]
 
     return min(found, key=preference, default=None)
 
@@ -192,6 +193,8 @@ def _matched(ax: Axes, method: Method, matching: MatchingParams, image: Image.Im
     ]
     key += [f"{i + 1} {names[i]}: false positive" for i in method.matched.unmatched_pred.tolist()]
     key += [f"- - {method.objects[j].desc}: false negative" for j in method.matched.unmatched_gt.tolist()]
+    if len(key) > _KEY_LINES:
+        key[_KEY_LINES - 1 :] = [f"… and {len(key) - _KEY_LINES + 1} more"]
     gate = "IoU ≥" if matching.gate == "iou" else "L1 ≤"
     above = ax.inset_axes(_ABOVE)
     above.set_axis_off()
