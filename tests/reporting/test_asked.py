@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from coordexp.drawing.panels import BAR_PX
 from coordexp.records.categories import Category
 from coordexp.records.gt_vs_pred import GroundTruth, ImageResult, ParseReport, Prediction
 from coordexp.reporting.asked import choose_asked, write_asked
@@ -17,11 +18,11 @@ BOX, NEAR, FAR = (4.0, 4.0, 20.0, 20.0), (5.0, 4.0, 20.0, 20.0), (30.0, 30.0, 40
 
 
 def answered(number: int, probe: str, asked: str, *found: tuple[str, tuple[float, float, float, float]]) -> ImageResult:
-    """To a question about a picture with a red cat in BOX."""
+    """To a question about a picture with a red cat in BOX; names are separated by commas."""
     pred = tuple(Prediction(name, box, score=0.5) for name, box in found)
     parse = ParseReport(container_found=True, n_valid=len(pred))
     truth = (GroundTruth("red cat", BOX), GroundTruth("blue cat", FAR))
-    return ImageResult(number, "a.png", 48, 48, truth, pred, parse=parse, probe=probe, asked=(asked,))
+    return ImageResult(number, "a.png", 48, 48, truth, pred, parse=parse, probe=probe, asked=tuple(asked.split(", ")))
 
 
 @pytest.mark.parametrize(
@@ -69,3 +70,16 @@ def test_the_picture_is_small_enough_for_git(tmp_path: Path) -> None:
     asked = choose_asked([answered(1, "one", "red cat", ("red cat", BOX)), answered(2, "hard", "cat")], CATEGORIES, 17)
     write_asked(asked, tmp_path, tmp_path / "asked.png")
     assert (tmp_path / "asked.png").stat().st_size < 60_000
+
+
+def test_a_long_prompt_ends_inside_the_picture(tmp_path: Path) -> None:
+    """The name of one more category would reach beyond the panel, and the picture would cut it off."""
+    Image.new("RGB", (120, 120)).save(tmp_path / "a.png")
+    names = ["purple umbrella", "yellow elephant", "cat"]
+    for n in range(1, 4):
+        (kind,) = choose_asked([answered(1, "hard", ", ".join(names[:n]))], CATEGORIES, 17)
+        write_asked([kind], tmp_path, tmp_path / "asked.png")
+        with Image.open(tmp_path / "asked.png") as picture:
+            title = np.asarray(picture.convert("L"))[:BAR_PX]
+        assert (title < 128).any()
+        assert (title[:, -1] > 200).all()

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from coordexp.drawing.boxes import draw_detections, font, readable_scale
-from coordexp.drawing.panels import CAUSES, FONT_PX, RIGHT, RIGHT_SIGN, side_by_side
+from coordexp.drawing.panels import CAUSES, FONT_PX, GAP_PX, RIGHT, RIGHT_SIGN, side_by_side
 from coordexp.geometry.boxes import pairwise_iou
 from coordexp.infra.files import write_bytes
 from coordexp.records.categories import Category, Split
@@ -96,7 +96,7 @@ def _title(result: ImageResult, width_px: int) -> str:
     for n in range(min(TITLE_NAMES, len(result.asked)), 0, -1):
         more = f" and {len(result.asked) - n} more" if len(result.asked) > n else ""
         title = f"prompt: {', '.join(result.asked[:n])}{more}{'' if result.pred else ' → none'}"
-        if font(FONT_PX).getlength(title) <= width_px:
+        if font(FONT_PX).getlength(title) <= width_px - GAP_PX:
             break
     return title
 
