@@ -35,7 +35,7 @@ MINUTES = {
     "packing_plan": 0.3,
     "parse_and_match": 0.6,
     "rollout_tokens": 2.2,
-    "spinning": 3.2,
+    "spinning": 3.5,
     "startup": 0.6,
     "training_step": 2.4,
 }

@@ -1,6 +1,6 @@
 """A training step on a busy machine: the effect of other work, and of how waiting threads spin.
 
-    PYTHONPATH=src python -m benchmarks.spinning [--busy 0,1,2,4] [--ways bounded,library]
+    PYTHONPATH=src python -m benchmarks.spinning [--busy 0,1,2,4] [--ways bounded,passive]
 
 Each of the B other busy processes is a session of its own, so its fair share of C cores is C / (B + 1), at most one
 core, and the rest is ours. The slowdown of a step is compared with the slowdown that this share would give. Each way
@@ -101,9 +101,9 @@ def options(parser: argparse.ArgumentParser) -> None:
     """Which run, how much other work, how long."""
     tiny_run.options(parser)
     parser.add_argument("--busy", default=f"0,{len(os.sched_getaffinity(0))}", help="numbers of busy processes")
-    parser.add_argument("--ways", default=",".join(WAYS), help="how threads wait, `bounded` first")
+    parser.add_argument("--ways", default="bounded,library,one thread", help="how threads wait, `bounded` first")
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
 
 
 if __name__ == "__main__":
