@@ -24,7 +24,7 @@ SHARED = {"__init__", "__main__", "harness", "coco_like", "tiny_run", "trl_loop"
 ON_DEMAND = {"codec_tokens"}  # take a file of the user's
 # Predicted for two idle cores. All of them together are to stay below LIMIT_MINUTES.
 MINUTES = {
-    "attention": 0.6,
+    "attention": 0.3,
     "bootstrap": 0.8,
     "coco_evaluation": 1.3,
     "convert_coco": 1.7,

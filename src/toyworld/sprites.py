@@ -38,7 +38,7 @@ def tinted(pixels: NDArray[np.float32], color: Color) -> NDArray[np.float32]:
     return np.concatenate([255 * shade, pixels[..., 3:]], axis=-1)
 
 
-def _luma(rgb: NDArray[np.float32]) -> NDArray[np.float32]:
+def _luma(rgb: NDArray[np.floating]) -> NDArray[np.floating]:
     """The luminance of colors in the last axis.
 
     Not a matrix product: the library behind it adds in another order, or with other roundings, on other processors, and
