@@ -10,6 +10,7 @@ import pytest
 from coordexp.reporting.answers import Answer, standing_answers
 from coordexp.reporting.checklist import Check
 from coordexp.reporting.decision import (
+    ONE_SEED,
     checks_line,
     decision,
     error_budget,
@@ -57,6 +58,7 @@ def with_map(data: ReportData, **bounds: tuple[float, float] | None) -> ReportDa
 def test_the_first_line_is_what_the_two_comparisons_support(data: ReportData, control, stage1, words) -> None:
     found = decision(with_map(data, stage2_vs_control=control, stage2_vs_stage1=stage1, stage1_vs_base=BETTER))
     assert found[0].startswith(words)
+    assert found[0].endswith(ONE_SEED) == (control is not None)
     assert len(found) == 4
 
 

@@ -61,9 +61,15 @@ def _decided(data: ReportData) -> str:
     over_control, over_stage1 = (
         verdict_of(compared(data, name)["coco.mAP"]) for name in ("stage2_vs_control", "stage2_vs_stage1")
     )
-    return _CHOICES.get((over_control, over_stage1), "**No decision**: one side of a comparison is not evaluated.")
+    if choice := _CHOICES.get((over_control, over_stage1)):
+        return f"{choice} {ONE_SEED}"
+    return "**No decision**: one side of a comparison is not evaluated."
 
 
+ONE_SEED = (
+    "This is about these checkpoints, of one training seed: the intervals below do not contain training noise, and "
+    "another seed may reverse a verdict. `coordexp answer headline` repeats both trainings ([answers](../answers/))."
+)
 _B, _W, _N = Verdict.BETTER, Verdict.WORSE, Verdict.NO_DIFFERENCE
 _CHOICES = {  # stage 2 against the control, and against stage 1
     (_B, _B): "**Use stage 2**: it beats both stage 1 and the control of equal compute.",
