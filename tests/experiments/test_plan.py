@@ -10,14 +10,17 @@ from typing import Any
 import pytest
 
 from coordexp.config.block import field_specs
-from coordexp.config.loading import load_block, load_params
+from coordexp.config.loading import load_block, load_params, load_profile
 from coordexp.config.presets import leaves
 from coordexp.config.question import UNASKED, Arm, Claim, Question, load_question, question_names
 from coordexp.config.schema import Params
 from coordexp.errors import ConfigError
 from coordexp.evaluation.effect import Effect
+from coordexp.evaluation.measures import MEASURES
+from coordexp.evaluation.registry import metric_specs
 from coordexp.experiments.compare import judged
 from coordexp.experiments.plan import AS_COMMITTED, Plan, grid_study, plan_study
+from coordexp.experiments.readings import READINGS
 
 MakePlan = Callable[..., Plan]
 
@@ -168,13 +171,24 @@ def test_a_claim_is_decided_by_its_interval(expected: Any, above: str, across: s
     assert judged(claim, None, {}) == "not defined"
 
 
+def test_the_goals_over_seeds_are_those_of_the_profile(repository: Path) -> None:
+    goals = load_profile(repository / "configs" / "tiny.yaml").report.goals
+    claims = [
+        c for c in load_question("headline", repository).claims.values() if c.arm == "detector" and not c.baseline
+    ]
+    assert {claim.expected for claim in claims} == {"higher"}
+    assert {f"{claim.metric} >= {claim.than:g}" for claim in claims} == {*goals}
+
+
 def test_every_question_can_be_planned_and_every_parameter_is_asked_about_or_has_a_reason(repository: Path) -> None:
     params = load_params(repository / "params.yaml")
     committed = dict(leaves(params.model_dump()))
+    known = {*metric_specs(params.eval, vocabulary=True), *MEASURES, *READINGS}
     set_by_some: set[str] = set()
     values: dict[str, set[str]] = {}
     for name in question_names(repository):
         question = load_question(name, repository)
+        assert {claim.metric for claim in question.claims.values()} <= known, name
         assert question.claims or name == "objective", name
         found = plan_study(question, repository)
         common = {change.partition("=")[0] for change in question.changes} | {"profile"}
