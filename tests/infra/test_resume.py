@@ -99,6 +99,24 @@ def test_concurrent_processes_work_one_at_a_time(tmp_path: Path, monkeypatch: py
     assert (most, turns) == (1, 60)
 
 
+def test_a_folder_that_vanishes_while_it_is_created_is_created_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, mkdir, calls = tmp_path / "stage1-ff", os.mkdir, []
+
+    def removed_in_between(path: Path, mode: int = 0o777) -> None:
+        calls.append(path)
+        if len(calls) == 2:  # the first call is for the parent
+            raise FileExistsError(path)  # it was there, and is not any more
+        mkdir(path, mode)
+
+    monkeypatch.setattr(resume, "POLL_S", 0.001)
+    monkeypatch.setattr(os, "mkdir", removed_in_between)
+    with holding(folder, "x"):
+        assert is_held(folder)
+    assert calls[1] == calls[-1] == folder
+
+
 @pytest.mark.parametrize(
     ("error", "goes_on"), [(Interrupted("a signal"), True), (KeyboardInterrupt(), True), (DataError("a fault"), False)]
 )

@@ -92,7 +92,10 @@ def _acquired(folder: Path, what: str, waits: bool) -> IO[str]:
     try:
         while True:
             with suppress(FileNotFoundError):  # the holder finished and removed the folder
-                folder.mkdir(parents=True, exist_ok=True)
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                # Not `exist_ok`: pathlib checks what is there, and fails if the folder was removed in between.
+                with suppress(FileExistsError):
+                    folder.mkdir()
                 handle = (folder / LOCK).open("a+", encoding="utf-8")
                 # The lock belongs to the inode, not to the name: the previous holder may have removed the folder
                 # between open and flock. Then this lock protects a deleted file, and the loop tries again.
