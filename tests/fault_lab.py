@@ -7,8 +7,10 @@ valid answers and matching rollouts. It runs once undisturbed. Then, for each pl
 copied, and the stage runs with this one fault and afterwards, as DVC would do it, without: it must end with the bytes
 of the undisturbed run.
 
-All stages run in children of one process that has imported them, each in a separate workspace. `--results` stores the
-results, so that a campaign stopped by its budget can resume; `--report` writes a table of all known results.
+All stages run in children of one process that has imported them, each in a separate workspace. A stage is a function
+of its workspace: if a fault leaves the files that an earlier one left, or those before the stage, the second run is that
+of the earlier one, and is not repeated. `--results` stores the results, so that a campaign stopped by its budget can
+resume; `--report` writes a table of all known results.
 """
 
 from __future__ import annotations
@@ -25,13 +27,13 @@ import time
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import repeat
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from coordexp.config.paths import CHECKPOINTS
 from coordexp.infra.files import remove
-from coordexp.inputs import stage_plans
+from coordexp.infra.resume import LOCK
+from coordexp.inputs import StageTable, stage_plans
 from fault_shim import FAULTS, KINDS, SIGNALS, Fault, Shim
 from workspaces import ANSWERING, PROFILE, REPOSITORY, content_hash, copy_workspace, new_workspace
 
@@ -94,6 +96,7 @@ class Lab:
         self._made: dict[str, str] = {}  # hash of the outputs by stage
         self.operations: dict[str, list[tuple[str, str]]] = {}
         self._before: dict[str, Path] = {}
+        self._recovers: dict[tuple[str, str], bool] = {}  # whether a stage makes its outputs from files with this hash
         self._runs = 0
 
     def prepare(self, stages: Collection[str]) -> None:
@@ -124,15 +127,20 @@ class Lab:
 
     def attempt(self, stage: str, fault: Fault) -> Found:
         """Run a stage with a fault, and again without."""
-        space = self._root / "attempt"
+        space = self._root / f"attempt-{os.getpid()}"
         remove(space)
         copy_workspace(self._before[stage], space)
+        self._recovers.setdefault((stage, files_hash(space)), True)  # as `prepare` has shown
         hit = self.run(space, stage, fault)
         where, outcome = hit.met, self._judge(space, stage, hit, fault)
         if outcome in RIGHT or outcome == "traceback":
-            again = self.run(space, stage)
-            if again.code != 0 or self._content(space, stage) != self._made[stage] or litter(space):
-                outcome, hit = "lost", again
+            left = stage, files_hash(space)
+            if not self._recovers.get(left):
+                again = self.run(space, stage)
+                right = again.code == 0 and self._content(space, stage) == self._made[stage] and not litter(space)
+                self._recovers[left] = right
+                if not right:
+                    outcome, hit = "lost", again
         said = [line for line in hit.output.splitlines() if line.strip()]
         return Found(stage, fault.kind, fault.number, fault.what, where, outcome, said[-1][:200] if said else "")
 
@@ -159,7 +167,7 @@ class Lab:
             for path in self.plans[stage].outs:
                 remove(space / path)
         self._runs += 1
-        output, places = (self._root / f"{name}-{self._runs}" for name in ("output", "places"))
+        output, places = (self._root / f"{name}-{os.getpid()}-{self._runs}" for name in ("output", "places"))
         pid = os.fork()
         if pid == 0:
             _child(space, stage, fault, output, places)
@@ -250,20 +258,35 @@ def sources_hash() -> str:
     return hashlib.sha256("".join(map(content_hash, [*run, *own])).encode()).hexdigest()[:12]
 
 
+def files_hash(space: Path) -> str:
+    """Hash of all that a stage may find in a workspace: names and contents, without sources and the holders of locks."""
+    digest = hashlib.sha256()
+    for folder, folders, files in os.walk(space):
+        if Path(folder) == space:
+            folders[:] = [name for name in folders if name not in ("src", "pipelines")]
+        folders.sort()
+        for name in sorted(files):
+            content = b"" if name == LOCK else hashlib.sha256(Path(folder, name).read_bytes()).digest()
+            digest.update(f"{os.path.relpath(folder, space)}/{name}:".encode() + content)
+        digest.update(f"{os.path.relpath(folder, space)}: {folders}".encode())
+    return digest.hexdigest()
+
+
 def litter(space: Path) -> list[Path]:
     """Incomplete files and folders left by a run."""
     return [path for folder in ("data", "inputs", "reports", "runs") for path in (space / folder).rglob(".*.tmp")]
 
 
 def import_stages(stages: Collection[str]) -> None:
-    """All that these stages load before or while they work, once; nothing is computed, so that children may be made."""
+    """All that these stages load before or while they work, once, without starting threads: children will be forked."""
     for stage in stages:
         importlib.import_module(f"pipelines.{stage.partition('@')[0].replace('-', '_')}")
     for name in ("pyarrow.parquet", "safetensors.torch", "matplotlib.figure", "PIL.PngImagePlugin"):
         importlib.import_module(name)
+    StageTable.of(REPOSITORY)  # parses all sources, which the stages then find parsed
 
 
-def campaign(lab: Lab, queues: list[Iterator[tuple[str, Fault]]], budget_s: float, results: Path) -> list[Found]:
+def campaign(lab: Lab, queues: list[Iterator[tuple[str, Fault]]], budget_s: float, results: Path) -> None:
     """Try the places that are not known yet, one of each queue in turns, until all are or the time is over."""
     known = {found.place: found for found in read_results(results)}
     ends_at = time.monotonic() + budget_s
@@ -278,7 +301,20 @@ def campaign(lab: Lab, queues: list[Iterator[tuple[str, Fault]]], budget_s: floa
                 print(*asdict(found).values(), sep="  ", flush=True)
                 queues.append(queue)
                 break
-    return list(known.values())
+
+
+def share(lab: Lab, queues: list[list[tuple[str, Fault]]], jobs: int, budget_s: float, results: Path) -> None:
+    """Divide a campaign among processes, which all add to one file of results."""
+    pids = []
+    for job in range(jobs):
+        if not (pid := os.fork()):
+            try:
+                campaign(lab, [iter(queue[job::jobs]) for queue in queues], budget_s, results)
+            finally:
+                os._exit(0)
+        pids.append(pid)
+    for pid in pids:
+        os.waitpid(pid, 0)
 
 
 def read_results(path: Path) -> list[Found]:
@@ -323,6 +359,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--stages", nargs="+", choices=stages, default=stages, help="default: all", metavar="STAGE")
     parser.add_argument("--sample", type=int, default=0, help="places of each kind in a stage; 0 is all")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="of operations; default: all")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that divide the places among them")
     parser.add_argument("--budget", type=float, default=1e9, help="seconds after which no place is begun")
     parser.add_argument(
         "--results", type=Path, help="folder that keeps what was found; known places are not tried again"
@@ -337,8 +374,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         results = options.results or Path(folder)
         results.mkdir(parents=True, exist_ok=True)
         results /= f"faults-{sources_hash()}.jsonl"  # what other sources did is not what these do
-        queues = [zip(repeat(stage), lab.faults(stage, options.sample, options.kinds)) for stage in chosen]
-        found = campaign(lab, queues, options.budget, results)
+        queues = [[(stage, fault) for fault in lab.faults(stage, options.sample, options.kinds)] for stage in chosen]
+        share(lab, queues, options.jobs, options.budget, results)
+        found = read_results(results)
         totals = {stage: sum(1 for _ in lab.faults(stage)) for stage in chosen}
     text = report(found, totals)
     if options.report:

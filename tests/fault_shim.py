@@ -2,7 +2,8 @@
 
 This covers reads, writes, fsyncs and renames of files below one folder that go through Python: its own file objects,
 `os`, and the writers of safetensors and pyarrow, which are redirected through such objects. Native reads and writes of
-libraries (the tokenizer's file, memory maps) are neither counted nor affected.
+libraries (the tokenizer's file, memory maps) are neither counted nor affected. Of a file that is read in many pieces,
+the pieces 1, 2, 4, 8, ... are counted.
 
 `install` changes the interpreter permanently: only a process that is created for one run may call it.
 """
@@ -90,6 +91,13 @@ class Shim:
         shim, plain = self, io.open
 
         class File(io.FileIO):
+            n_reads = 0
+
+            def _meet_read(self) -> None:
+                self.n_reads += 1
+                if self.n_reads & (self.n_reads - 1) == 0:
+                    shim.meet("read", _path(self.name))
+
             def write(self, data: Any) -> int:
                 try:
                     shim.meet("write", _path(self.name))
@@ -99,11 +107,11 @@ class Shim:
                 return super().write(data)
 
             def readinto(self, buffer: Any) -> int | None:
-                shim.meet("read", _path(self.name))
+                self._meet_read()
                 return super().readinto(buffer)
 
             def readall(self) -> bytes:
-                shim.meet("read", _path(self.name))
+                self._meet_read()
                 return super().readall()
 
         def opened(

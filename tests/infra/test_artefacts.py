@@ -22,9 +22,19 @@ import torch
 
 from coordexp.errors import CoordExpError, DamagedArtefactError
 from coordexp.infra import artefacts
-from coordexp.infra.artefacts import HASHES, damage, let_go, sealed_row, sealing, unsealed_row, verified, write_sealed
+from coordexp.infra.artefacts import (
+    HASHES,
+    damage,
+    let_go,
+    sealed_row,
+    sealing,
+    unsealed_row,
+    verified,
+    verify_files,
+    write_sealed,
+)
 from coordexp.infra.logs import read_log
-from coordexp.infra.provenance import write_json
+from coordexp.infra.provenance import decides_answer, write_json
 from coordexp.models.loading import load_format, save_checkpoint
 from coordexp.packing.planner import plan_packs, read_packs, write_plan
 from coordexp.packing.samples import SampleStore
@@ -113,6 +123,17 @@ def test_a_file_removed_on_purpose_is_not_missing_but_a_deleted_one_is(tmp_path:
     assert sorted(path.name for path in tmp_path.iterdir()) == [HASHES, "small"]
     (tmp_path / "small").unlink()
     assert len(list(damage(tmp_path))) == 1
+
+
+def test_a_reader_of_a_checkpoint_does_not_read_the_checkpoints_kept_in_it(tmp_path: Path) -> None:
+    with sealing(tmp_path) as folder, sealing(folder / "kept" / "step_2") as kept:
+        for place in (folder, kept):
+            (place / "model.safetensors").write_text("weights")
+    (kept / "model.safetensors").write_text("damaged")
+    assert list(verify_files(folder, decides_answer)) == ["model.safetensors"]
+    with pytest.raises(DamagedArtefactError):
+        verify_files(kept, decides_answer)
+    assert len(list(damage(folder))) == 1
 
 
 def test_a_pipe_in_place_of_a_file_is_damage(tmp_path: Path) -> None:
