@@ -8,8 +8,8 @@ copied, and the stage runs with this one fault and afterwards, as DVC would do i
 of the undisturbed run.
 
 All stages run in children of one process that has imported them, each in a separate workspace. A stage is a function
-of its workspace: if a fault leaves the files that an earlier one left, or those before the stage, the second run is that
-of the earlier one, and is not repeated. `--results` stores the results, so that a campaign stopped by its budget can
+of its workspace: if a fault leaves the files that were there before the stage, or those that an earlier fault left, the
+second run is known, and is not repeated. `--results` stores the results, so that a campaign stopped by its budget can
 resume; `--report` writes a table of all known results.
 """
 
@@ -259,7 +259,7 @@ def sources_hash() -> str:
 
 
 def files_hash(space: Path) -> str:
-    """Hash of all that a stage may find in a workspace: names and contents, without sources and the holders of locks."""
+    """Hash of all that a stage may find in a workspace: names and contents, without sources and holders of locks."""
     digest = hashlib.sha256()
     for folder, folders, files in os.walk(space):
         if Path(folder) == space:

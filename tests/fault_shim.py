@@ -88,31 +88,7 @@ class Shim:
         self._libraries()
 
     def _files(self) -> None:
-        shim, plain = self, io.open
-
-        class File(io.FileIO):
-            n_reads = 0
-
-            def _meet_read(self) -> None:
-                self.n_reads += 1
-                if self.n_reads & (self.n_reads - 1) == 0:
-                    shim.meet("read", _path(self.name))
-
-            def write(self, data: Any) -> int:
-                try:
-                    shim.meet("write", _path(self.name))
-                except OSError:
-                    super().write(bytes(data)[: len(bytes(data)) // 2])  # as a disk that gets full
-                    raise
-                return super().write(data)
-
-            def readinto(self, buffer: Any) -> int | None:
-                self._meet_read()
-                return super().readinto(buffer)
-
-            def readall(self) -> bytes:
-                self._meet_read()
-                return super().readall()
+        shim, plain, file_type = self, io.open, _file_type(self)
 
         def opened(
             file: Any, mode: str = "r", buffering: int = -1, encoding: Any = None, errors: Any = None,
@@ -120,7 +96,7 @@ class Shim:
         ) -> Any:  # fmt: skip
             if not shim.holds(_path(file)):
                 return plain(file, mode, buffering, encoding, errors, newline, closefd, opener)
-            raw = File(file, mode.replace("b", "").replace("t", ""), closefd, opener)
+            raw = file_type(file, mode.replace("b", "").replace("t", ""), closefd, opener)
             if buffering == 0:
                 return raw
             size = io.DEFAULT_BUFFER_SIZE if buffering in (-1, 1) else buffering
@@ -181,6 +157,36 @@ class Shim:
 
         safetensors.torch.serialize_file = serialized
         parquet.ParquetWriter.__init__ = begun
+
+
+def _file_type(shim: Shim) -> type[io.FileIO]:
+    """A file whose reads and writes are counted."""
+
+    class File(io.FileIO):
+        n_reads = 0
+
+        def _meet_read(self) -> None:
+            self.n_reads += 1
+            if self.n_reads & (self.n_reads - 1) == 0:
+                shim.meet("read", _path(self.name))
+
+        def write(self, data: Any) -> int:
+            try:
+                shim.meet("write", _path(self.name))
+            except OSError:
+                super().write(bytes(data)[: len(bytes(data)) // 2])  # as a disk that gets full
+                raise
+            return super().write(data)
+
+        def readinto(self, buffer: Any) -> int | None:
+            self._meet_read()
+            return super().readinto(buffer)
+
+        def readall(self) -> bytes:
+            self._meet_read()
+            return super().readall()
+
+    return File
 
 
 def _path(file: Any) -> str:

@@ -100,7 +100,7 @@ def test_the_outcome_of_a_fault_is_determined_by_the_next_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     what: str, code: int | None, output: str, is_right: bool | None, outcome: str, second: str,
 ) -> None:  # fmt: skip
-    """The stages only write one line."""
+    """The stages only write one line, and leave files of their own."""
     lab, out, met = Lab(tmp_path), "data/smoke/packed", "" if is_right is None else "b"
     lab._made, lab._before = {"pack": f"{out}=right"}, {"pack": tmp_path / "before"}
     lab.operations = {"pack": [("read", "a"), ("write", "b")]}
@@ -109,11 +109,37 @@ def test_the_outcome_of_a_fault_is_determined_by_the_next_run(
     contents = iter(
         (["right" if is_right else "none"] if code == 0 and met else []) + ["other" if second == "other" else "right"]
     )
-    monkeypatch.setattr(Lab, "run", lambda *_: ends.pop(0))
+
+    def run(_: Lab, space: Path, *_more: object) -> Ended:
+        (space / "left").touch()
+        return ends.pop(0)
+
+    monkeypatch.setattr(Lab, "run", run)
     monkeypatch.setattr(Lab, "_content", lambda *_: f"{out}={next(contents)}")
     found = lab.attempt("pack", Fault("write", 1, what))
     expected = outcome if second == "right" or outcome in ("silent", "hung", "lingering") else "lost"
     assert (found.where, found.outcome) == (met, expected)
+
+
+def test_a_second_run_is_repeated_only_if_its_start_is_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lab, runs = Lab(tmp_path), list[str]()
+    lab._made, lab._before = {"pack": "right"}, {"pack": tmp_path / "before"}
+    lab.operations = {"pack": [("write", "a")] * 4}
+    (tmp_path / "before" / ".resume").mkdir(parents=True)
+    leaves = {1: None, 2: "a", 3: "b", 4: "a"}  # what the fault at each write leaves in a file
+
+    def run(_: Lab, space: Path, stage: str, fault: Fault | None = None) -> Ended:
+        runs.append("again" if fault is None else "hit")
+        (space / ".resume" / "lock").write_text(f"{len(runs)}")
+        if fault and (text := leaves[fault.number]):
+            (space / "left").write_text(text)
+        return Ended(0, "", "", []) if fault is None else Ended(2, NAMED, "a", [])
+
+    monkeypatch.setattr(Lab, "run", run)
+    monkeypatch.setattr(Lab, "_content", lambda *_: "right")
+    (tmp_path / "before" / ".resume" / "lock").touch()
+    assert {lab.attempt("pack", Fault("write", n, "ENOSPC")).outcome for n in leaves} == {"named"}
+    assert runs == ["hit", "hit", "again", "hit", "again", "hit"]
 
 
 def test_places_are_complete_or_evenly_spread(tmp_path: Path) -> None:
