@@ -37,6 +37,8 @@ from coordexp.inputs import StageTable, stage_plans
 from fault_shim import FAULTS, KINDS, SIGNALS, Fault, Shim
 from workspaces import ANSWERING, PROFILE, REPOSITORY, content_hash, copy_workspace, new_workspace
 
+CHANGES = {**ANSWERING, "monitor.keep_every_steps": 5}  # two kept checkpoints have the places of five
+
 ENDS_WITHIN_S, GONE_WITHIN_S = 900.0, 10.0
 OUTCOMES = ("unmet", "unharmed", "named", "killed", "silent", "traceback", "hung", "lingering", "lost")
 RIGHT = {"unmet", "unharmed", "named", "killed"}
@@ -102,7 +104,7 @@ class Lab:
     def prepare(self, stages: Collection[str]) -> None:
         """Run the graph undisturbed as far as the last of the stages."""
         space = self._root / "graph"
-        new_workspace(space, {}, ANSWERING)
+        new_workspace(space, {}, CHANGES)
         left = set(stages)
         for stage in self.plans:
             self._before[stage] = self._root / f"before-{stage}"
@@ -254,7 +256,7 @@ def _members(session: int) -> list[int]:
 def sources_hash() -> str:
     """Hash of all sources that a campaign runs, including this one."""
     run = [REPOSITORY / name for name in ("src", "pipelines", "params.yaml", f"configs/{PROFILE}.yaml")]
-    own = [Path(__file__), Path(__file__).with_name("fault_shim.py")]
+    own = [Path(__file__).with_name(name) for name in ("fault_lab.py", "fault_shim.py", "workspaces.py")]
     return hashlib.sha256("".join(map(content_hash, [*run, *own])).encode()).hexdigest()[:12]
 
 

@@ -26,7 +26,6 @@ ANSWERING: Mapping[str, Any] = {
     "records.dev_images": 4,
     "stage1.steps": 12,
     "monitor.every_steps": 6,
-    "monitor.keep_every_steps": 5,
     "eval.images": 4,
     "launch.save_every_seconds": 0.0,
 }
