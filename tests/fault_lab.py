@@ -44,8 +44,8 @@ OUTCOMES = ("unmet", "unharmed", "named", "killed", "silent", "traceback", "hung
 RIGHT = {"unmet", "unharmed", "named", "killed"}
 MADE_BY = (
     "Made by `make test-faults`. Each stage of a small graph whose model answers met a fault at one of its operations "
-    "on files, for each of these in turn ({}), and was then run again, as `dvc repro` would. Sources are no such files. "
-    "Of a file that is read in many pieces, the pieces 1, 2, 4, 8, ... were tried."
+    "on files, for each of these in turn ({}), and was then run again, as `dvc repro` would. Sources are no such "
+    "files. Of a file that is read in many pieces, the pieces 1, 2, 4, 8, ... were tried."
 )
 MEANINGS = {
     "unmet": "there were fewer such operations this time: how often states are saved depends on the time",
