@@ -107,7 +107,7 @@ smoke: $(DEV_STAMP)  ## run the graph of the smoke profile in a temporary clone
 	OMP_NUM_THREADS=1 pytest tests/graph/test_smoke.py
 
 # What one campaign found is kept: one that its BUDGET (seconds) cut goes on.
-test-faults: $(DEV_STAMP)  ## hit each stage at every operation on files, kill the graph at 20 places, parse answers by the thousand, into reports/faults.md (hours; BUDGET=600, FAULTS="--stages pack", POINTS="0 19")
+test-faults: $(DEV_STAMP)  ## hit each stage at every operation on files, kill the graph at 20 places, parse answers by the thousand, into reports/faults.md (an hour and a half; BUDGET=600, FAULTS="--stages pack", POINTS="0 19")
 	PYTHONPATH=src:.:tests OMP_NUM_THREADS=1 python -m fault_lab --jobs $(TEST_WORKERS) --results .resume/faults --report reports/faults.md \
 		$(if $(BUDGET),--budget $(BUDGET)) $(FAULTS)
 	OMP_NUM_THREADS=1 FAULT_POINTS="$(POINTS)" pytest -s tests/graph/test_kill.py tests/infra/test_artefacts.py
