@@ -75,7 +75,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 def pytest_collection_finish() -> None:
-    """Leave out what is imported by now from later garbage collections: an eighth of the time of the suite."""
+    """Leave out what is imported by now from later garbage collections."""
     gc.collect()
     gc.freeze()
 

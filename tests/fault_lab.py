@@ -19,6 +19,7 @@ import argparse
 import hashlib
 import importlib
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -27,6 +28,7 @@ import time
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain, repeat, zip_longest
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -34,9 +36,10 @@ from coordexp.config.paths import CHECKPOINTS
 from coordexp.infra.files import remove
 from coordexp.infra.resume import LOCK
 from coordexp.inputs import StageTable, stage_plans
-from fault_shim import FAULTS, KINDS, SIGNALS, Fault, Shim
+from fault_shim import FAULTS, KINDS, SIGNALS, SOURCES, Fault, Shim
 from workspaces import ANSWERING, PROFILE, REPOSITORY, content_hash, copy_workspace, new_workspace
 
+FORK = multiprocessing.get_context("fork")
 CHANGES = {**ANSWERING, "monitor.keep_every_steps": 5}  # two kept checkpoints have the places of five
 
 ENDS_WITHIN_S, GONE_WITHIN_S = 900.0, 10.0
@@ -264,14 +267,11 @@ def sources_hash() -> str:
 def files_hash(space: Path) -> str:
     """Hash of all that a stage may find in a workspace: names and contents, without sources and holders of locks."""
     digest = hashlib.sha256()
-    for folder, folders, files in os.walk(space):
-        if Path(folder) == space:
-            folders[:] = [name for name in folders if name not in ("src", "pipelines")]
-        folders.sort()
-        for name in sorted(files):
-            content = b"" if name == LOCK else hashlib.sha256(Path(folder, name).read_bytes()).digest()
-            digest.update(f"{os.path.relpath(folder, space)}/{name}:".encode() + content)
-        digest.update(f"{os.path.relpath(folder, space)}: {folders}".encode())
+    for path in sorted(space.rglob("*")):
+        name = path.relative_to(space)
+        if name.parts[0] not in SOURCES:
+            content = content_hash(path) if path.is_file() and path.name != LOCK else ""
+            digest.update(f"{name}:{content}\n".encode())
     return digest.hexdigest()
 
 
@@ -289,35 +289,27 @@ def import_stages(stages: Collection[str]) -> None:
     StageTable.of(REPOSITORY)  # parses all sources, which the stages then find parsed
 
 
-def campaign(lab: Lab, queues: list[Iterator[tuple[str, Fault]]], budget_s: float, results: Path) -> None:
-    """Try the places that are not known yet, one of each queue in turns, until all are or the time is over."""
-    known = {found.place: found for found in read_results(results)}
+def campaign(lab: Lab, places: Sequence[tuple[str, Fault]], ends_at: float, results: Path) -> None:
+    """Try these places in order until the time is over, and add what is found to a file."""
+    for stage, fault in places:
+        if time.monotonic() >= ends_at:
+            return
+        found = lab.attempt(stage, fault)
+        with results.open("a", encoding="utf-8") as out:
+            out.write(json.dumps(asdict(found)) + "\n")
+        print(*asdict(found).values(), sep="  ", flush=True)
+
+
+def divide(lab: Lab, places: Sequence[tuple[str, Fault]], jobs: int, budget_s: float, results: Path) -> None:
+    """Run a campaign in several processes; RuntimeError if one of them fails."""
     ends_at = time.monotonic() + budget_s
-    while queues and time.monotonic() < ends_at:
-        queue = queues.pop(0)
-        for stage, fault in queue:
-            if (stage, fault.kind, fault.number, fault.what) not in known:
-                found = lab.attempt(stage, fault)
-                known[found.place] = found
-                with results.open("a", encoding="utf-8") as out:
-                    out.write(json.dumps(asdict(found)) + "\n")
-                print(*asdict(found).values(), sep="  ", flush=True)
-                queues.append(queue)
-                break
-
-
-def share(lab: Lab, queues: list[list[tuple[str, Fault]]], jobs: int, budget_s: float, results: Path) -> None:
-    """Divide a campaign among processes, which all add to one file of results."""
-    pids = []
-    for job in range(jobs):
-        if not (pid := os.fork()):
-            try:
-                campaign(lab, [iter(queue[job::jobs]) for queue in queues], budget_s, results)
-            finally:
-                os._exit(0)
-        pids.append(pid)
-    for pid in pids:
-        os.waitpid(pid, 0)
+    processes = [FORK.Process(target=campaign, args=(lab, places[n::jobs], ends_at, results)) for n in range(jobs)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    if failed := [process.exitcode for process in processes if process.exitcode]:
+        raise RuntimeError(f"{len(failed)} of {jobs} processes of the campaign failed ({failed}): see above.")
 
 
 def read_results(path: Path) -> list[Found]:
@@ -377,8 +369,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         results = options.results or Path(folder)
         results.mkdir(parents=True, exist_ok=True)
         results /= f"faults-{sources_hash()}.jsonl"  # what other sources did is not what these do
-        queues = [[(stage, fault) for fault in lab.faults(stage, options.sample, options.kinds)] for stage in chosen]
-        share(lab, queues, options.jobs, options.budget, results)
+        known = {found.place for found in read_results(results)}
+        # One place of each stage in turns, so that a short budget reaches all stages.
+        turns = zip_longest(*(zip(repeat(stage), lab.faults(stage, options.sample, options.kinds)) for stage in chosen))
+        places = [(s, f) for s, f in filter(None, chain(*turns)) if (s, f.kind, f.number, f.what) not in known]
+        divide(lab, places, options.jobs, options.budget, results)
         found = read_results(results)
         totals = {stage: sum(1 for _ in lab.faults(stage)) for stage in chosen}
     text = report(found, totals)

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 KINDS = ("write", "fsync", "rename", "read")
+SOURCES = ("src", "pipelines")  # folders that all stages read in the same way
 # The faults: a full disk stays full, a bad block fails once. Signals come before the operation.
 ERRORS = {"ENOSPC": errno.ENOSPC, "EIO": errno.EIO}
 SIGNALS = {"SIGKILL": signal.SIGKILL, "SIGINT": signal.SIGINT, "SIGTERM": signal.SIGTERM}
@@ -58,7 +59,7 @@ class Shim:
     def holds(self, path: str) -> bool:
         """Whether a path is below the root, but not one of the sources, which all stages read in the same way."""
         top = os.path.relpath(path, self.root).partition(os.sep)[0] if path else ".."
-        return top not in ("..", "src", "pipelines")
+        return top not in ("..", *SOURCES)
 
     def meet(self, kind: str, path: str) -> None:
         """Count an operation, and trigger the fault if it is the chosen one."""

@@ -66,7 +66,7 @@ BESIDE: dict[str, dict[str, Any]] = {
     "stage2.reordered_ce_weight": {"stage2.passes": "two"},
     "matching.semantic": {"matching.lambda_sem": 1.0},
 }
-QUICK = ("decode.score", "matching.gate_threshold", "gate_weight")  # from three places of the graph on
+QUICK = ("decode.score", "eval.bootstrap_resamples", "matching.gate_threshold", "stage2.eos_weight", "gate_weight")
 # Stages with unchanged bytes here: the key has no effect with eight images and four steps.
 IDLE = {"matching.lambda_iou": {"stage2"}, "matching.lambda_l1": {"stage2"}}
 WEIGHTS = "runs/smoke/stage2/model.safetensors"

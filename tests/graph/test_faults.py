@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from fault_lab import MEANINGS, OUTCOMES, Ended, Found, Lab, report
+from fault_lab import MEANINGS, OUTCOMES, Ended, Found, Lab, divide, read_results, report
 from fault_shim import FAULTS, Fault, Shim
 
 FEW = ("convert", "pack")
@@ -140,6 +140,23 @@ def test_a_second_run_is_repeated_only_if_its_start_is_new(tmp_path: Path, monke
     (tmp_path / "before" / ".resume" / "lock").touch()
     assert {lab.attempt("pack", Fault("write", n, "ENOSPC")).outcome for n in leaves} == {"named"}
     assert runs == ["hit", "hit", "again", "hit", "again", "hit"]
+
+
+def test_processes_divide_the_places_and_one_that_fails_is_no_silence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def attempt(_: Lab, stage: str, fault: Fault) -> Found:
+        assert fault.number < 6
+        return Found(stage, fault.kind, fault.number, fault.what, "a", "named", NAMED)
+
+    monkeypatch.setattr(Lab, "attempt", attempt)
+    places = [("pack", Fault("write", number, "ENOSPC")) for number in range(1, 7)]
+    divide(Lab(tmp_path), places[:5], 2, 60.0, tmp_path / "found")
+    assert sorted(found.number for found in read_results(tmp_path / "found")) == [1, 2, 3, 4, 5]
+    with pytest.raises(RuntimeError, match="1 of 2 processes"):
+        divide(Lab(tmp_path), places[4:], 2, 60.0, tmp_path / "found")
+    divide(Lab(tmp_path), places, 2, 0.0, tmp_path / "none")
+    assert read_results(tmp_path / "none") == []
 
 
 def test_places_are_complete_or_evenly_spread(tmp_path: Path) -> None:
