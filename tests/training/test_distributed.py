@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import socket
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -114,6 +120,42 @@ def test_when_one_process_fails_all_end(ready, fault):
     found, output = run_stage(ready, "stage1", {"processes": 2, **launch}, before=before)
     assert time.monotonic() - started < ENDS_WITHIN_S
     assert (found, words in output) == (code, True), output[-4000:]
+
+
+JOINS = (
+    "from coordexp.infra.signals import interrupted_by_signals\nfrom coordexp.training.distributed import world\n"
+    "with interrupted_by_signals(): world()"
+)
+
+
+@pytest.mark.slow
+def test_a_signal_ends_a_process_that_waits_for_others_to_join(repository: Path) -> None:
+    """Otherwise the launcher would wait until it kills it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = free.getsockname()
+    ranks = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": address[0],
+        "MASTER_PORT": f"{address[1]}",
+    }
+    environment = os.environ | ranks | {"PYTHONPATH": str(repository / "src")}
+    with subprocess.Popen([sys.executable, "-c", JOINS], env=environment) as process:
+        try:
+            while not _listens(address):  # process 0 does, and then waits for process 1
+                assert process.poll() is None
+                time.sleep(0.05)
+            process.terminate()
+            assert process.wait(ENDS_WITHIN_S / 4) == -signal.SIGTERM
+        finally:
+            process.kill()
+
+
+def _listens(address: tuple[str, int]) -> bool:
+    with socket.socket() as visitor:
+        return visitor.connect_ex(address) == 0
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from types import FrameType
 from typing import NoReturn
 
@@ -38,17 +38,29 @@ def leave_on_signals() -> None:
         _handle(number, leave)
 
 
-@contextmanager
-def interrupted_by_signals() -> Iterator[None]:
+def interrupted_by_signals() -> AbstractContextManager[None]:
     """Within the block, the first signal raises KeyboardInterrupt, and a later Ctrl-C ends the process."""
+    return _handled_by(_interrupt)
+
+
+def ended_by_signals() -> AbstractContextManager[None]:
+    """Within the block, a signal ends the process as if it had no handler.
+
+    For library calls that wait for other processes: Python would run a handler only when the call returns.
+    """
+    return _handled_by(signal.SIG_DFL)
+
+
+@contextmanager
+def _handled_by(handler: signal._HANDLER) -> Iterator[None]:
     before = {number: signal.getsignal(number) for number in _STOPS}
     for number in _STOPS:
-        _handle(number, _interrupt)
+        _handle(number, handler)
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, kept in before.items():
+            signal.signal(number, kept)
 
 
 def _interrupt(number: int, _frame: FrameType | None) -> NoReturn:

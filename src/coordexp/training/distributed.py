@@ -34,6 +34,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from coordexp.errors import TrainingError
 from coordexp.infra.device import choose_device
+from coordexp.infra.signals import ended_by_signals
 from coordexp.losses.coord_terms import CoordDiagnostics
 
 log = logging.getLogger(__name__)
@@ -79,8 +80,9 @@ def world() -> World:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         backend = "nccl" if device.type == "cuda" else "gloo"
-        groups = dist.PrefixStore("groups", _store())
-        dist.init_process_group(backend, store=groups, rank=rank, world_size=size, timeout=TIMEOUT)
+        with ended_by_signals():  # if one process dies before it has joined, the launcher stops the others
+            groups = dist.PrefixStore("groups", _store())
+            dist.init_process_group(backend, store=groups, rank=rank, world_size=size, timeout=TIMEOUT)
     if rank > 0:
         logging.getLogger("coordexp").setLevel(logging.WARNING)
     return World(rank, size, device)
