@@ -219,7 +219,7 @@ class AnswerEncoder:
             start = len(ids)
             ids += block.ids
             for place, value in zip(block.coord_places, obj.bins, strict=True):
-                ids[start + place] = self._coord_ids[value]
+                ids[start + place] = self._first_coord_id + value
         close = self._close
         roles = b"".join([*(block.roles for block in known), close.roles.tobytes()])
         lengths = [*(len(block.ids) for block in known), len(close.ids)]
@@ -253,9 +253,8 @@ class AnswerEncoder:
         return [self.encode_segments(segments, end=False).ids for segments in struct]
 
     @cached_property
-    def _coord_ids(self) -> list[int]:
-        known = self._tokenizer.get_vocab()
-        return [known[token] for token in COORD_TOKENS]
+    def _first_coord_id(self) -> int:
+        return token_id(self._tokenizer, COORD_TOKENS[0])
 
     @cached_property
     def _close(self) -> EncodedAnswer:
