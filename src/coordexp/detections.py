@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from coordexp.drawing.boxes import draw_detections
 from coordexp.errors import DataError, PictureError
 from coordexp.geometry.boxes import Boxes, as_boxes, xyxy_to_xywh
 from coordexp.records.descriptions import normalise_desc
@@ -87,8 +88,6 @@ class Detections:
 
     def draw(self) -> Image.Image:
         """Draw boxes, labels and scores on the image; raises DataError if the image is not known."""
-        from coordexp.drawing.boxes import draw_detections  # loads matplotlib
-
         if self.picture is None:
             raise DataError("this answer was read from a file and has no image; draw what `predict` returned.")
         return draw_detections(open_picture(self.picture), self.boxes_xyxy_px, self.descs, self.scores.tolist())

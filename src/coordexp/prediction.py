@@ -12,6 +12,7 @@ from typing import Any
 
 from coordexp.detections import Detections, open_picture
 from coordexp.detector import Detector
+from coordexp.drawing.boxes import draw_detections
 from coordexp.errors import DataError, PictureError
 from coordexp.infra.printable import note, printable
 from coordexp.records.descriptions import normalise_desc
@@ -198,6 +199,4 @@ def note_absent(names: Sequence[str], seen: set[str]) -> None:
 
 def draw(path: Path, found: Detections, target: Path) -> None:
     """Write the image with its boxes."""
-    from coordexp.drawing.boxes import draw_detections  # loads matplotlib, which most calls do not need
-
     draw_detections(open_picture(path), found.boxes_xyxy_px, found.descs, found.scores.tolist()).save(target)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import matplotlib
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from coordexp.drawing.boxes import BoxStyle, draw_detections, name_style, place_label, readable_scale
+from coordexp.drawing.boxes import BoxStyle, draw_detections, font, name_style, place_label, readable_scale
 
 GREEN = BoxStyle((0, 158, 115))
 
@@ -20,6 +23,10 @@ def blank(width: int, height: int) -> Image.Image:
 def painted(picture: Image.Image, colour: tuple[int, int, int]) -> np.ndarray:
     """Rows and columns of the pixels of a colour."""
     return np.argwhere((np.asarray(picture) == colour).all(axis=-1))
+
+
+def test_the_typeface_is_the_one_that_matplotlib_ships() -> None:
+    assert Path(font(12).path) == Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
 
 
 @pytest.mark.parametrize(("side", "scale"), [(96, 4), (128, 4), (160, 3), (192, 3), (640, 1), (4000, 1)])
