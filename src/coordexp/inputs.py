@@ -12,6 +12,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -76,6 +77,7 @@ class StagePlan:
         return next((path for dep in self.deps if (path := PurePosixPath(dep)).parts[0] == "inputs"), None)
 
 
+@cache
 def overlap(one: str, other: str) -> bool:
     """Whether the paths are equal, or one is inside the other."""
     a, b = PurePosixPath(one), PurePosixPath(other)
