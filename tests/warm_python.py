@@ -33,10 +33,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import pytest
 
-# Not pyarrow, nor pandas, which imports it: it starts a thread, and a fork would be without it.
+# Not pyarrow, nor pandas, which imports it: it starts a thread, and a fork would be without it. Of matplotlib only the
+# slowest part, pyparsing: matplotlib itself reads files of HOME.
 LIBRARIES = (
     *("torch", "torch.distributed.fsdp", "torch.distributed.launcher.api", "torch._dynamo", "numpy", "scipy.optimize"),
-    *("PIL.Image", "pydantic", "ruamel.yaml", "jinja2", "safetensors.torch", "tokenizers", "transformers"),
+    *("PIL.Image", "pydantic", "ruamel.yaml", "jinja2", "safetensors.torch", "tokenizers", "transformers", "pyparsing"),
     *(
         "transformers.models.qwen3_vl.modeling_qwen3_vl",
         "dvc.cli.parser",

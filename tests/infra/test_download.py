@@ -56,7 +56,7 @@ def server() -> Iterator[Server]:
 
     http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     described.url = f"http://127.0.0.1:{http.server_port}/file.zip"
-    Thread(target=http.serve_forever, daemon=True).start()
+    Thread(target=http.serve_forever, args=(0.01,), daemon=True).start()
     yield described
     http.shutdown()
     http.server_close()

@@ -202,7 +202,7 @@ def coco(tmp_path: Path) -> Iterator[tuple[dict[str, PublicSet], Path]]:
     served.mkdir()
     paths = write_archives(served)
     http = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(served)))
-    Thread(target=http.serve_forever, daemon=True).start()
+    Thread(target=http.serve_forever, args=(0.01,), daemon=True).start()
     files = tuple(remote(path, f"http://127.0.0.1:{http.server_port}/{path.name}") for path in paths)
     parts = [
         Part("val2017.zip", "val2017", PICTURES),

@@ -310,7 +310,7 @@ def test_another_listener_on_the_port_is_not_taken_for_the_server_and_is_told_no
     def after_a_stranger(command: ServerCommand, host: str, port: int, key: str) -> Any:
         """It may take the port that is held, as our own server may, and is faster."""
         strangers.append(ThreadingHTTPServer((host, port), handler))
-        threading.Thread(target=strangers[-1].serve_forever, daemon=True).start()
+        threading.Thread(target=strangers[-1].serve_forever, args=(0.01,), daemon=True).start()
         return started(command, host, port, key)
 
     strangers: list[ThreadingHTTPServer] = []
