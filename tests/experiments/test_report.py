@@ -71,6 +71,14 @@ def test_an_undefined_metric_gives_no_verdict() -> None:
     assert "not defined" in verdict_sentence(tree["effects"][0], tree)
 
 
+def test_a_question_that_compares_no_arms_shows_no_empty_table() -> None:
+    tree = numbers(0.0, -0.1, 0.1, "better") | {"effects": []}
+    text = report_markdown(tree)
+    assert "## Values and cost" in text
+    assert [word for word in ("## Effects", "Bonferroni") if word in text] == []
+    assert "\n\n\n" not in text
+
+
 def test_the_text_is_well_formed_and_the_figure_overlays_the_arms(tmp_path: Path) -> None:
     tree = numbers(0.012, -0.001, 0.025, "better")
     claim = {"text": "more | is more", "source": "us", "arm": "w=2", "baseline": "w=1", "expected": "higher"}

@@ -58,19 +58,15 @@ def write_report(numbers: Numbers, logs: Mapping[str, Sequence[pd.DataFrame]], o
 
 def report_markdown(numbers: Numbers) -> str:
     """The whole page; all of its numbers are from `numbers`."""
-    n_arms = len(numbers["effects"])
+    effects = numbers["effects"]
     claims = ["## Claims", CLAIM_RULE, _claims_table(numbers["claims"])] if numbers["claims"] else []
     parts = [
         f"# {escape(numbers['question'])}",
-        "\n".join(f"- {verdict_sentence(row, numbers)}" for row in numbers["effects"]),
+        *(["\n".join(f"- {verdict_sentence(row, numbers)}" for row in effects)] if effects else []),
         _what_ran(numbers),
-        RULE.format(arms="all arms" if n_arms > 1 else "the one arm"),
+        *([RULE.format(arms="all arms" if len(effects) > 1 else "the one arm")] if effects else []),
         *claims,
-        "## Effects",
-        _effects_table(numbers),
-        "`SE images` and `SE seeds` are the two parts of the standard error: more images reduce the first, more seeds "
-        "the second.",
-        _context_table(numbers),
+        *(_effects_section(numbers) if effects else []),
         "## Values and cost",
         _arms_table(numbers, False),
         "Values are means over seeds. Training diagnostics are means over the last tenth of the steps:",
@@ -141,6 +137,17 @@ def _claims_table(claims: Sequence[Numbers]) -> str:
         for claim in claims
     ]
     return table(["claim", "source", "compared", "expected", "measured", "our numbers"], rows, "llllll")
+
+
+def _effects_section(numbers: Numbers) -> list[str]:
+    """Of the arms that are compared; a question may have none."""
+    return [
+        "## Effects",
+        _effects_table(numbers),
+        "`SE images` and `SE seeds` are the two parts of the standard error: more images reduce the first, more seeds "
+        "the second.",
+        _context_table(numbers),
+    ]
 
 
 def _effects_table(numbers: Numbers) -> str:
