@@ -25,14 +25,16 @@ os.fsync = lambda _descriptor: None  # nothing here outlives a power cut, and a 
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when it is imported: kernels then run on the CPU
 
-# Tests that take minutes start first, so that no worker runs one at the end while the others are idle.
+# Tests that take minutes start first, so that no worker runs one at the end while the others are idle. Before
+# them, those that fork from their worker, which takes a second once it has grown to gigabytes.
 LONG = (
-    "graph/test_production.py", "graph/test_smoke.py", "graph/test_kill.py", "graph/test_commands.py",
-    "graph/test_own_photos.py", "training/test_fsdp.py", "training/test_distributed.py", "graph/test_cuts.py",
-    "graph/test_inputs.py", "rollout/test_slot_decoder.py", "rollout/test_hf_engine.py", "rollout/test_stages.py",
-    "rollout/test_hf_constraints.py", "benchmarks/test_scripts.py", "experiments/test_front_door.py",
-    "experiments/test_runs.py", "invariants/test_reach.py", "text/test_parser.py", "benchmarks/test_gpu_check.py",
-    "training/test_launch.py", "graph/test_check_profile.py", "training/test_devices.py", "rollout/test_vllm_http.py",
+    "records/test_conversion.py", "graph/test_production.py", "graph/test_smoke.py", "graph/test_kill.py",
+    "graph/test_commands.py", "graph/test_own_photos.py", "training/test_fsdp.py", "training/test_distributed.py",
+    "graph/test_cuts.py", "graph/test_inputs.py", "rollout/test_slot_decoder.py", "rollout/test_hf_engine.py",
+    "rollout/test_stages.py", "rollout/test_hf_constraints.py", "benchmarks/test_scripts.py",
+    "experiments/test_front_door.py", "experiments/test_runs.py", "invariants/test_reach.py", "text/test_parser.py",
+    "benchmarks/test_gpu_check.py", "training/test_launch.py", "graph/test_check_profile.py",
+    "training/test_devices.py", "rollout/test_vllm_http.py",
 )  # fmt: skip
 # Their tests share no expensive fixture, so each may run on any worker. Tests of other files stay together.
 SPREAD = ("graph/test_smoke.py", "graph/test_kill.py", "training/test_distributed.py", "benchmarks/test_scripts.py")
