@@ -21,7 +21,7 @@ from coordexp.experiments.dvc_cache import DvcCache
 from coordexp.experiments.plan import grid_study
 from coordexp.experiments.questions import answer_question
 from coordexp.experiments.runs import Repository
-from coordexp.reporting.questions import stored_answers
+from coordexp.reporting.questions import INDEX, stored_answers
 from toy_graph import Toy, cold_path, copied_toy
 
 GRID = ["softce_weight=0.1,0.2"]
@@ -220,6 +220,7 @@ def test_a_question_runs_missing_arms_and_accepts_another_one(toy: Toy) -> None:
     [row] = stored_answers(toy.root)
     assert (row.name, row.answer, row.page) == ("toy", "Less is nearer.", Path("reports/answers/toy.md"))
     assert (toy.root / row.page).with_suffix(".png").is_file()
+    assert "| [Is less nearer?](toy.md) | Less is nearer. |" in (toy.root / INDEX).read_text()
 
     arm = "  far: {changes: [softce_weight=0.8], baseline: default}\nclaims"
     more = run(QUESTION.replace("claims", arm, 1))

@@ -21,6 +21,7 @@ from coordexp.evaluation.registry import metric_specs, view
 from coordexp.inputs import Declaration, StagePlan, stage_plans
 from coordexp.losses.coord_terms import CoordSlots, slot_diagnostics
 from coordexp.reporting.markdown import number
+from coordexp.reporting.questions import INDEX
 from coordexp.reporting.reference import (
     BEGIN,
     END,
@@ -77,7 +78,7 @@ def rows(page: str) -> dict[str, list[str]]:
     return found
 
 
-@pytest.mark.parametrize("page", [PARAMETERS_PAGE, METRICS_PAGE, README, PRODUCTION_PAGE, SCALING_PAGE])
+@pytest.mark.parametrize("page", [PARAMETERS_PAGE, METRICS_PAGE, README, PRODUCTION_PAGE, SCALING_PAGE, INDEX])
 def test_committed_pages_are_up_to_date(repository: Path, page: Path) -> None:
     expected = pages(repository)[page]
     assert (repository / page).read_text(encoding="utf-8") == expected, "run `python -m coordexp.reporting.reference`"

@@ -13,12 +13,15 @@ from coordexp.experiments.compare import run_study
 from coordexp.experiments.dependencies import ParameterFiles
 from coordexp.experiments.report import write_report
 from coordexp.experiments.runs import Repository
+from coordexp.infra.files import write_text
 from coordexp.infra.provenance import write_json
 from coordexp.reporting.questions import (
     ANSWERS,
     BUDGETS,
+    INDEX,
     KEPT_NUMBERS,
     answer_sentence,
+    index_markdown,
     rule_words,
     stored_answers,
     write_answer,
@@ -88,6 +91,8 @@ def answer_question(repository: Repository, question: Question, name: str) -> tu
         logs = {arm: [run.log for run in found] for arm, found in runs.items()}
         write_report(numbers, logs, folder / "details")
         write_answer(numbers, folder, f"coordexp answer {name}{tried}")
+        if asked == own:
+            write_text(repository.root / INDEX, index_markdown(repository.root))
 
     numbers = run_study(repository, question, name, told)
     return place / f"{name}.md", answer_sentence(numbers)

@@ -3,6 +3,7 @@
 <id>.md    the answer in words, its rule, the measurement, the cost; made from
 <id>.json  every number
 <id>.png   the intervals that the rule reads
+README.md  all questions with their answers
 
 On a profile other than its own a question is only tried: the same files are in a folder named after that profile.
 """
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from coordexp.config.question import load_question, question_names
 from coordexp.errors import DataError
 from coordexp.infra.files import write_text
 from coordexp.infra.foreign import Gate
@@ -24,6 +26,7 @@ from coordexp.reporting.markdown import MISSING, escape, number, table, with_int
 from coordexp.reporting.style import INK, WIDTH_IN, figure_style, new_figure, save_figure
 
 ANSWERS = Path("reports/answers")
+INDEX = ANSWERS / "README.md"
 KEPT_NUMBERS = Gate("what `coordexp answer` writes", DataError, "Ask the question again.")
 ALIKE = 0.1  # budgets that differ by a larger fraction are reported
 # What the interval of a claim shows -> the short answer to it.
@@ -63,6 +66,25 @@ def stored_answers(root: Path = Path()) -> list[Answered]:
             KEPT_NUMBERS.refuse(str(path), f"no answer: {error!r}", error)
         found.append(row)
     return found
+
+
+def index_markdown(root: Path) -> str:
+    """The page that lists all questions: those with an answer, then the others."""
+    answered = stored_answers(root)
+    rows = [[f"[{escape(a.question)}]({a.page.name})", escape(a.answer), f"`{a.profile}`"] for a in answered]
+    others = [name for name in question_names(root) if name not in {a.name for a in answered}]
+    lines = [
+        "# Questions and answers",
+        "<!-- Written by `coordexp answer` and by `python -m coordexp.reporting.reference`. -->",
+        "Each question has arms, a budget, and rules that were fixed before any number was known "
+        "([how](../../docs/ab_test.md)). The answer is that of its first rule; its page has the others, the intervals "
+        "and the cost. *Not shown* means that the 95 % interval does not decide it.",
+        table(["question", "answer", "profile"], rows, "lll") if rows else "None is answered yet.",
+    ]
+    if others:
+        lines += ["## Not answered yet", "`coordexp answer NAME --dry-run` estimates the cost of one."]
+        lines += ["\n".join(f"- `{name}`: {escape(load_question(name, root).question)}" for name in others)]
+    return "\n\n".join(lines) + "\n"
 
 
 def write_answer(numbers: Numbers, folder: Path, command: str) -> Path:

@@ -2,9 +2,10 @@
 
     python -m coordexp.reporting.reference        # from the repository root
 
-rewrites both, the tables of memory and hours in docs/production.md and docs/scaling.md, and the results in README. The
-results come from the run in the working tree; without its outputs README stays as it is. No page contains a value of
-params.yaml, so that an experiment that changes one does not make the documents wrong.
+rewrites both, the tables of memory and hours in docs/production.md and docs/scaling.md, the list of questions in
+reports/answers, and the results in README. The results come from the run in the working tree; without its outputs
+README stays as it is. No page contains a value of params.yaml, so that an experiment that changes one does not make the
+documents wrong.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from coordexp.inputs import (
 from coordexp.reporting.gpu_tables import hours_table, measured, one_device_table, sharded_table
 from coordexp.reporting.inputs import Metrics, bounds_of, metric, metrics_frame, read_json
 from coordexp.reporting.markdown import number, table, with_interval
+from coordexp.reporting.questions import INDEX, index_markdown
 from coordexp.reporting.training import MEANINGS, SHAPES
 
 PARAMETERS_PAGE, METRICS_PAGE, README = Path("docs/parameters.md"), Path("docs/metrics.md"), Path("README.md")
@@ -341,7 +343,7 @@ def pages(root: Path) -> dict[Path, str]:
     hours = hours_table(root, figures)
     written[PRODUCTION_PAGE] = with_block(production, BEGIN_HOURS, END_HOURS, hours, str(PRODUCTION_PAGE))
     written[SCALING_PAGE] = with_block(scaling, BEGIN_MEMORY, END_MEMORY, sharded_table(), str(SCALING_PAGE))
-    return written
+    return written | {INDEX: index_markdown(root)}
 
 
 def main() -> None:
