@@ -11,6 +11,7 @@ import pytest
 
 from coordexp.config.loading import read_yaml
 from coordexp.config.paths import CHECKPOINTS
+from coordexp.reporting.questions import INDEX
 from smoke_clone import STAGES, Clone
 
 pytestmark = pytest.mark.slow
@@ -156,7 +157,7 @@ def test_a_question_about_existing_runs_trains_nothing(clone: Clone) -> None:
     kept = clone.succeed(*command[:-2], "monitor", "stage2", "--kept")
     assert "reports/smoke/trajectory/stage2.md" in kept
     assert "0 files damaged" in clone.succeed(*command[:-2], "verify")  # also of what was let go of
-    assert clone.succeed("git", "status", "--porcelain", "--untracked-files=no") == ""
+    assert clone.succeed("git", "status", "--porcelain", "--untracked-files=no").split() == ["M", str(INDEX)]
 
 
 def test_on_a_clone_an_evaluation_setting_runs_evaluation_and_report_only(other: Clone) -> None:

@@ -91,10 +91,10 @@ def answer_question(repository: Repository, question: Question, name: str) -> tu
         logs = {arm: [run.log for run in found] for arm, found in runs.items()}
         write_report(numbers, logs, folder / "details")
         write_answer(numbers, folder, f"coordexp answer {name}{tried}")
-        if asked == own:
-            write_text(repository.root / INDEX, index_markdown(repository.root))
 
     numbers = run_study(repository, question, name, told)
+    if asked == own:
+        write_text(repository.root / INDEX, index_markdown(repository.root))
     return place / f"{name}.md", answer_sentence(numbers)
 
 
