@@ -5,7 +5,6 @@ A figure is at most `WIDTH_IN` wide: scaled to a phone, its text is still about 
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
@@ -82,9 +83,9 @@ def save_figure(figure: Figure, path: Path, colours: int = 256) -> None:
     """Write a small palette PNG without the version of the program, so that equal input gives equal bytes."""
     for text in figure.findobj(Text):
         text.set_text(printable_lines(text.get_text()))
-    raw = io.BytesIO()
-    figure.savefig(raw, format="rgba")
-    shown = Image.frombytes("RGBA", figure.canvas.get_width_height(), raw.getvalue()).convert("RGB")
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()  # once; savefig draws for the layout, then again
+    shown = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
     picture = shown.quantize(colours, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
     with replacing(path) as temporary:
         picture.save(temporary, "PNG", optimize=True)
