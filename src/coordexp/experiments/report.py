@@ -20,6 +20,8 @@ from coordexp.reporting.style import figure_style, new_figure, save_figure
 
 # The palette of Okabe and Ito (2008), with gray for the first arm.
 COLOURS = ("#555555", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+# A page of each question is kept in git: noisy lines in full quality would take a sixth of a megabyte each time.
+DPI, COLOURS_KEPT = 110, 48
 PANELS = {
     "raw/softce": "softCE, unweighted (nats)",
     "coord_diag/expected_bin_mae": "mean error of E[k] (bins)",
@@ -200,7 +202,7 @@ def draw_curves(logs: Mapping[str, Sequence[pd.DataFrame]], stages: Mapping[str,
     shown = [c for c in PANELS if all(len(logged(log, c)) for runs in logs.values() for log in runs)] or [*PANELS][:1]
     rows = list(dict.fromkeys(stages.values()))
     with figure_style():
-        figure = new_figure(3.4 * len(shown) + 1.5, 3.2 * len(rows))
+        figure = new_figure(3.4 * len(shown) + 1.5, 3.2 * len(rows), DPI)
         for axes, stage in zip(figure.subplots(len(rows), len(shown), squeeze=False), rows, strict=True):
             arms = {name: runs for name, runs in logs.items() if stages[name] == stage}
             for ax, column in zip(axes, shown, strict=True):
@@ -208,7 +210,7 @@ def draw_curves(logs: Mapping[str, Sequence[pd.DataFrame]], stages: Mapping[str,
                     _draw_arm(ax, name, runs, column, colour)
                 ax.set(title=PANELS[column], xlabel=f"optimizer step of {stage}")
             axes[-1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5))
-        save_figure(figure, path)
+        save_figure(figure, path, COLOURS_KEPT)
 
 
 def _draw_arm(ax: Axes, name: str, runs: Sequence[pd.DataFrame], column: str, colour: str) -> None:

@@ -74,9 +74,9 @@ def figure_style() -> Iterator[None]:
         yield
 
 
-def new_figure(width_in: float, height_in: float) -> Figure:
+def new_figure(width_in: float, height_in: float, dpi: int = _DPI) -> Figure:
     """A figure that needs no window system."""
-    return Figure(figsize=(width_in, height_in), dpi=_DPI)
+    return Figure(figsize=(width_in, height_in), dpi=dpi)
 
 
 def save_figure(figure: Figure, path: Path, colours: int = 256) -> None:
