@@ -217,6 +217,7 @@ def test_a_question_runs_missing_arms_and_accepts_another_one(toy: Toy) -> None:
     assert page.startswith("# Is less nearer?\n\n**Less is nearer.**\n")
     assert "| less is nearer | `coco.mAP`: `near` > `default` |" in page
     assert len(page.splitlines()) <= 20
+    assert "not been run" not in page
     [row] = stored_answers(toy.root)
     assert (row.name, row.answer, row.page) == ("toy", "Less is nearer.", Path("reports/answers/toy.md"))
     assert (toy.root / row.page).with_suffix(".png").is_file()
@@ -227,6 +228,9 @@ def test_a_question_runs_missing_arms_and_accepts_another_one(toy: Toy) -> None:
     assert {line for line in toy.ran() if line.startswith("stage2")} == {"stage2 0.8 0", "stage2 0.8 1"}
     old = [run for run in more["runs"] if run["arm"] != "far"]
     assert old == numbers["runs"]
+    answer_question(Repository(toy.root, SAID.append), load_question("toy", toy.root).only(["near"]), "toy")
+    page = (toy.root / "reports" / "answers" / "toy.md").read_text()
+    assert "Arms that have not been run: `seed_recipe`, `far`." in page
 
     for edited, words in (
         (QUESTION.replace('higher, "yes"', 'lower, "yes"'), r"claims\.nearer .*: expected 'higher', now 'lower'"),

@@ -81,12 +81,14 @@ def answer_question(repository: Repository, question: Question, name: str) -> tu
     Raises:
         ConfigError, Interrupted, CoordExpError: as `run_study`; also if a rule changed after it was evaluated.
     """
-    own, asked = (_profile(repository.root, one) for one in (load_question(name, repository.root), question))
+    whole = load_question(name, repository.root)
+    own, asked = (_profile(repository.root, one) for one in (whole, question))
     place, tried = (ANSWERS, "") if asked == own else (ANSWERS / asked, f" --profile {asked}")
     folder = repository.root / place
     _check_rules(folder / f"{name}.json", question, name)
 
-    def told(numbers: Mapping[str, Any], runs: Mapping[str, Sequence[Any]]) -> None:
+    def told(found: Mapping[str, Any], runs: Mapping[str, Sequence[Any]]) -> None:
+        numbers = {**found, "left_out": [arm for arm in whole.arms if arm not in question.arms]}
         write_json(folder / f"{name}.json", numbers)
         logs = {arm: [run.log for run in found] for arm, found in runs.items()}
         write_report(numbers, logs, folder / "details")

@@ -164,6 +164,8 @@ def _what_ran(numbers: Numbers) -> str:
     )
     if numbers["seeds"] == 1 and numbers["seed_keys"]:
         text += " With one seed the interval does not include training noise."
+    if left_out := numbers.get("left_out"):  # a page of an earlier version does not say
+        text += f" Arms that have not been run: {', '.join(f'`{arm}`' for arm in left_out)}."
     return text
 
 
