@@ -230,7 +230,8 @@ def test_a_question_runs_missing_arms_and_accepts_another_one(toy: Toy) -> None:
     assert old == numbers["runs"]
     answer_question(Repository(toy.root, SAID.append), load_question("toy", toy.root).only(["near"]), "toy")
     page = (toy.root / "reports" / "answers" / "toy.md").read_text()
-    assert "Arms that have not been run: `seed_recipe`, `far`." in page
+    assert page.startswith("# Is less nearer?\n\n**Not answered: the arms of its first rule have not been run.**\n")
+    assert "Arms that have not been run: `default`, `seed_recipe`, `far`." in page
 
     for edited, words in (
         (QUESTION.replace('higher, "yes"', 'lower, "yes"'), r"claims\.nearer .*: expected 'higher', now 'lower'"),

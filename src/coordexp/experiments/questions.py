@@ -85,35 +85,46 @@ def answer_question(repository: Repository, question: Question, name: str) -> tu
     own, asked = (_profile(repository.root, one) for one in (whole, question))
     place, tried = (ANSWERS, "") if asked == own else (ANSWERS / asked, f" --profile {asked}")
     folder = repository.root / place
-    _check_rules(folder / f"{name}.json", question, name)
+    rules = _evaluated_rules(folder / f"{name}.json")
+    _check_rules(rules, folder / f"{name}.json", question, name)
 
     def told(found: Mapping[str, Any], runs: Mapping[str, Sequence[Any]]) -> None:
-        numbers = {**found, "left_out": [arm for arm in whole.arms if arm not in question.arms]}
+        left_out = [arm for arm in whole.arms if arm not in question.arms]
+        numbers = {**found, "left_out": left_out, "first_claim": next(iter(whole.claims), "")}
+        numbers["rules"] = rules | _rules(numbers["claims"])
         write_json(folder / f"{name}.json", numbers)
-        logs = {arm: [run.log for run in found] for arm, found in runs.items()}
+        logs = {arm: [run.log for run in repeated] for arm, repeated in runs.items()}
         write_report(numbers, logs, folder / "details")
         write_answer(numbers, folder, f"coordexp answer {name}{tried}")
 
-    numbers = run_study(repository, question, name, told)
+    run_study(repository, question, name, told)
     if asked == own:
         write_text(repository.root / INDEX, index_markdown(repository.root))
-    return place / f"{name}.md", answer_sentence(numbers)
+    return place / f"{name}.md", answer_sentence(KEPT_NUMBERS.read_object(folder / f"{name}.json"))
 
 
 def _profile(root: Path, question: Question) -> str:
     return ParameterFiles.of(root, question.profile).profile_name
 
 
-def _check_rules(path: Path, question: Question, name: str) -> None:
+def _evaluated_rules(path: Path) -> dict[str, dict[str, Any]]:
+    """The rules by which stored numbers were evaluated, by claim, also of arms that the last run left out."""
+    before = KEPT_NUMBERS.read_object(path) if path.is_file() else {}
+    return _rules(before.get("claims", [])) | before.get("rules", {})
+
+
+def _rules(claims: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {str(claim.get("claim")): {part: claim.get(part) for part in RULE} for claim in claims}
+
+
+def _check_rules(rules: Mapping[str, Mapping[str, Any]], path: Path, question: Question, name: str) -> None:
     """Raise ConfigError if a claim was evaluated by another rule before.
 
     The rules are preregistered: a rule that is changed after its numbers are known can be fitted to them.
     """
-    before = KEPT_NUMBERS.read_object(path) if path.is_file() else {}
     sides = {*question.arms, *TRAINED, ""}
-    for old in before.get("claims", []):
-        key, claim = str(old.get("claim")), question.claims.get(str(old.get("claim")))
-        then = {part: old.get(part) for part in RULE}
+    for key, then in rules.items():
+        claim = question.claims.get(key)
         now = rounded(claim.model_dump(include={*RULE})) if claim else None
         if now != then and {then["arm"], then["baseline"]} <= sides:  # else left out by --arm
             changed = [f"{p} {then[p]!r}, now {now[p]!r}" for p in RULE if now[p] != then[p]] if now else ["it is gone"]

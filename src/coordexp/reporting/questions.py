@@ -96,8 +96,13 @@ def write_answer(numbers: Numbers, folder: Path, command: str) -> Path:
 
 
 def answer_sentence(numbers: Numbers) -> str:
-    """The answer of the first claim."""
-    return claim_sentence(numbers["claims"][0]) if numbers["claims"] else "measured, without a rule"
+    """The answer of the first claim of the question."""
+    claims = numbers["claims"]
+    if not claims:
+        return "measured, without a rule"
+    first = numbers.get("first_claim", claims[0]["claim"])  # a page of an earlier version has all claims
+    given = [claim for claim in claims if claim["claim"] == first]
+    return claim_sentence(given[0]) if given else "Not answered: the arms of its first rule have not been run."
 
 
 def claim_sentence(claim: Numbers) -> str:
@@ -116,7 +121,7 @@ def claim_sentence(claim: Numbers) -> str:
 def answer_markdown(numbers: Numbers, command: str) -> str:
     """The whole page; every number in it is one of `numbers`."""
     lines = [f"# {escape(numbers['question'])}"]
-    lines += [f"**{escape(claim_sentence(claim))}**" for claim in numbers["claims"][:1]]
+    lines += [f"**{escape(answer_sentence(numbers))}**"] if numbers["claims"] else []
     rows = [
         [escape(claim["text"]), rule_words(claim), _values(claim), measured(claim), _short(claim)]
         for claim in numbers["claims"]
