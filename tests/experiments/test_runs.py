@@ -217,7 +217,7 @@ def test_a_question_runs_missing_arms_and_accepts_another_one(toy: Toy) -> None:
     assert page.startswith("# Is less nearer?\n\n**Less is nearer.**\n")
     assert "| less is nearer | `coco.mAP`: `near` > `default` |" in page
     assert len(page.splitlines()) <= 20
-    assert "not been run" not in page
+    assert "left out" not in page
     [row] = stored_answers(toy.root)
     assert (row.name, row.answer, row.page) == ("toy", "Less is nearer.", Path("reports/answers/toy.md"))
     assert (toy.root / row.page).with_suffix(".png").is_file()
@@ -230,8 +230,8 @@ def test_a_question_runs_missing_arms_and_accepts_another_one(toy: Toy) -> None:
     assert old == numbers["runs"]
     answer_question(Repository(toy.root, SAID.append), load_question("toy", toy.root).only(["near"]), "toy")
     page = (toy.root / "reports" / "answers" / "toy.md").read_text()
-    assert page.startswith("# Is less nearer?\n\n**Not answered: the arms of its first rule have not been run.**\n")
-    assert "Arms that have not been run: `default`, `seed_recipe`, `far`." in page
+    assert page.startswith("# Is less nearer?\n\n**Not answered: the arms of its first rule were left out.**\n")
+    assert "Arms left out: `default`, `seed_recipe`, `far`." in page
 
     for edited, words in (
         (QUESTION.replace('higher, "yes"', 'lower, "yes"'), r"claims\.nearer .*: expected 'higher', now 'lower'"),

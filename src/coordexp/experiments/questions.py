@@ -87,20 +87,20 @@ def answer_question(repository: Repository, question: Question, name: str) -> tu
     folder = repository.root / place
     rules = _evaluated_rules(folder / f"{name}.json")
     _check_rules(rules, folder / f"{name}.json", question, name)
+    left_out = [arm for arm in whole.arms if arm not in question.arms]
+    about = {"left_out": left_out, "first_claim": next(iter(whole.claims), "")}
 
     def told(found: Mapping[str, Any], runs: Mapping[str, Sequence[Any]]) -> None:
-        left_out = [arm for arm in whole.arms if arm not in question.arms]
-        numbers = {**found, "left_out": left_out, "first_claim": next(iter(whole.claims), "")}
-        numbers["rules"] = rules | _rules(numbers["claims"])
+        numbers = {**found, **about, "rules": rules | _rules(found["claims"])}
         write_json(folder / f"{name}.json", numbers)
         logs = {arm: [run.log for run in repeated] for arm, repeated in runs.items()}
         write_report(numbers, logs, folder / "details")
         write_answer(numbers, folder, f"coordexp answer {name}{tried}")
 
-    run_study(repository, question, name, told)
+    numbers = run_study(repository, question, name, told)
     if asked == own:
         write_text(repository.root / INDEX, index_markdown(repository.root))
-    return place / f"{name}.md", answer_sentence(KEPT_NUMBERS.read_object(folder / f"{name}.json"))
+    return place / f"{name}.md", answer_sentence(numbers | about)
 
 
 def _profile(root: Path, question: Question) -> str:

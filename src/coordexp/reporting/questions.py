@@ -102,7 +102,7 @@ def answer_sentence(numbers: Numbers) -> str:
         return "measured, without a rule"
     first = numbers.get("first_claim", claims[0]["claim"])  # a page of an earlier version has all claims
     given = [claim for claim in claims if claim["claim"] == first]
-    return claim_sentence(given[0]) if given else "Not answered: the arms of its first rule have not been run."
+    return claim_sentence(given[0]) if given else "Not answered: the arms of its first rule were left out."
 
 
 def claim_sentence(claim: Numbers) -> str:
@@ -170,7 +170,7 @@ def _what_ran(numbers: Numbers) -> str:
     if numbers["seeds"] == 1 and numbers["seed_keys"]:
         text += " With one seed the interval does not include training noise."
     if left_out := numbers.get("left_out"):  # a page of an earlier version does not say
-        text += f" Arms that have not been run: {', '.join(f'`{arm}`' for arm in left_out)}."
+        text += f" Arms left out: {', '.join(f'`{arm}`' for arm in left_out)}."
     return text
 
 
