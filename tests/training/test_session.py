@@ -334,6 +334,19 @@ def test_stage_2_runs_both_channels_and_records_its_cost_for_the_control(ready):
     assert summary["tokens"] == compute["tokens"]
 
 
+def test_without_channel_b_the_rollouts_on_file_cost_nothing(ready):
+    summary = train(ready.set(stage2__b_ratio=0.0), "stage2")
+    assert read_compute(ready.paths) == {"steps": STEPS, "tokens": summary["tokens"], "rollout_tokens": 0}
+
+
+def test_a_repetition_of_stage_2_repeats_the_control_from_the_same_checkpoint(ready):
+    train(ready, "stage1-control")
+    first = weights(ready.paths.run("stage1-control"))
+    train(ready.set(stage2__seed=ready.params.stage2.seed + 1), "stage1-control")
+    other = weights(ready.paths.run("stage1-control"))
+    assert any(not torch.equal(value, first[name]) for name, value in other.items())
+
+
 def on_file_tokens(space: Workspace) -> int:
     """What the rollouts on file read and wrote."""
     lines = (json.loads(line) for line in space.paths.rollouts.read_text().splitlines())

@@ -285,12 +285,12 @@ class Params(CoordWeights):
 
     @property
     def stage1_seed(self) -> int:
-        """Seed of everything random in training stage 1 and the control. The data depend on `seed` only."""
+        """Seed of everything random in training stage 1. The data depend on `seed` only."""
         return repetition_seed(self.seed, self.stage1.seed)
 
     @property
     def stage2_seed(self) -> int:
-        """Seed of everything random in training stage 2."""
+        """Seed of everything random in training stage 2, and its control."""
         return repetition_seed(self.seed, self.stage2.seed)
 
     @model_validator(mode="after")

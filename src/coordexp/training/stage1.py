@@ -42,11 +42,15 @@ def train_stage1(run: RunConfig) -> dict[str, Any]:
         [packs[i] for i in items]
         for items in step_items(len(packs), optim.packs_per_step, optim.steps, run.params.stage1_seed, "stage1/order")
     ]
-    return _teach(run, "stage1", checkpoint, run.paths.init, packs_by_step, optim)
+    return _teach(run, "stage1", checkpoint, run.paths.init, packs_by_step, optim, run.params.stage1_seed)
 
 
 def train_control(run: RunConfig) -> dict[str, Any]:
-    """Continue stage 1 with the optimizer, schedule and number of steps of stage 2, for its compute or its tokens."""
+    """Continue stage 1 with the optimizer, schedule, steps and seed of stage 2, for its compute or its tokens.
+
+    With the seed of stage 2, a repetition of stage 2 from one checkpoint also repeats the control: its noise belongs to
+    the difference of the two.
+    """
     start = run.paths.run("stage1")
     checkpoint = load_for_training(start, run.profile.launch.sharding, run.profile.stage2.precision)
     packs = read_packs(run.paths.packed / "plan.parquet")
@@ -54,10 +58,10 @@ def train_control(run: RunConfig) -> dict[str, Any]:
     budget = control_tokens(read_compute(run.paths), run.params.control.budget)
     pack_tokens = [int(lengths[pack].sum()) for pack in packs]
     chosen = packs_for_budget(
-        pack_tokens, budget, run.profile.stage2.steps, run.params.stage1_seed, "stage1-control/order"
+        pack_tokens, budget, run.profile.stage2.steps, run.params.stage2_seed, "stage1-control/order"
     )
     packs_by_step = [[packs[i] for i in items] for items in chosen]
-    return _teach(run, "stage1-control", checkpoint, start, packs_by_step, run.profile.stage2)
+    return _teach(run, "stage1-control", checkpoint, start, packs_by_step, run.profile.stage2, run.params.stage2_seed)
 
 
 def _teach(
@@ -67,18 +71,18 @@ def _teach(
     start: Path,
     packs_by_step: Sequence[Sequence[Sequence[int]]],
     optim: OptimConfig,
+    seed: int,
 ) -> dict[str, Any]:
     data = run.paths.norm1000 / "train.parquet"
     collator = checkpoint.collator(run.paths.raw, run.profile.packing.pack_tokens)
-    source = SampleSource(
-        SampleStore(data), make_encoder(checkpoint), run.params.text.object_order, run.params.stage1_seed
-    )
+    source = SampleSource(SampleStore(data), make_encoder(checkpoint), run.params.text.object_order, seed)
     criterion = Criterion.stage1(run.params, first_coord_id(checkpoint), len(packs_by_step))
     share, monitor_every = own_slice(run.profile), optim.grad_monitor_every
     task = TeacherTask(checkpoint.model, criterion, source, collator, packs_by_step, share, monitor_every)
     settings = run.params.model_dump(include={*SHARED_KEYS, "text", "stage1"}) | {
         "optim": optim.model_dump(),
         "stage": stage,
+        "training_seed": seed,
     }
     session = Session(
         run=run,
@@ -87,7 +91,7 @@ def _teach(
         inputs={**start_files(start), "samples": data, "plan": run.paths.packed / "plan.parquet"}
         | image_inputs(run.paths.raw),
         optim=optim,
-        seed=run.params.stage1_seed,
+        seed=seed,
     )
     callback = make_eval_callback(run, stage, checkpoint, len(packs_by_step))
     return run_session(session, checkpoint, task, callback)

@@ -41,8 +41,8 @@ from coordexp.training.step import Criterion
 def train_stage2(run: RunConfig) -> dict[str, Any]:
     """Train channels A and B from the stage-1 checkpoint and the rollouts on file; also writes its cost.
 
-    The cost is counted in tokens: those of training forwards, and those that all rollouts, including the ones on file,
-    read and generated.
+    The cost is counted in tokens: those of training forwards, and those that all rollouts read and generated, including
+    the ones on file if any step trains on rollouts.
     """
     _check_refresh(run)
     session = _session(run)
@@ -77,7 +77,8 @@ def train_stage2(run: RunConfig) -> dict[str, Any]:
     callback = make_eval_callback(run, "stage2", checkpoint, optim.steps)
     summary = run_session(session, checkpoint, task, callback)
     if world().is_main:
-        on_file = sum(store[i].prompt_length + len(rollouts[store[i].image_id].ids) for i in rolled_out)
+        used = rolled_out if any(step.channel == "B" for step in plan) else []
+        on_file = sum(store[i].prompt_length + len(rollouts[store[i].image_id].ids) for i in used)
         fresh = sum(summary[f"refresh_{name}"] for name in GENERATION_TOKENS)
         cost = {"steps": summary["steps"], "tokens": summary["tokens"], "rollout_tokens": on_file + fresh}
         write_sealed(run.paths.run("stage2-compute.json"), cost)
