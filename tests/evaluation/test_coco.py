@@ -63,9 +63,11 @@ def test_equals_pycocotools_by_its_own_loader(case):
         evaluator.evaluate()
         evaluator.accumulate()
         evaluator.summarize()
-    ours = coco_ap(table).stats
+    ours = coco_ap(table)
     expected = [None if value == -1 else pytest.approx(value, abs=1e-12) for value in evaluator.stats]
-    assert [ours[name] for name in STAT_NAMES] == expected
+    assert [ours.stats[name] for name in STAT_NAMES] == expected
+    np.testing.assert_array_equal(ours.precision_TRKAM, evaluator.eval["precision"])  # also categories without objects
+    np.testing.assert_array_equal(ours.recall_TKAM, evaluator.eval["recall"])
 
 
 def test_says_nothing_on_standard_output(capsys):

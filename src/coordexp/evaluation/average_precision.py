@@ -118,9 +118,8 @@ def match_categories(
     state_TP, iou_P = _walk(table, pairs, counted_P)
     if rules.ignored_if_wrong_P is not None:
         state_TP[(state_TP == _FP) & rules.ignored_if_wrong_P] = _IGNORED
-    kept = by_score[counted_P[by_score]]
-    kept = kept[np.argsort(table.pred_category_P[kept], kind="stable")]
-    ends = np.searchsorted(table.pred_category_P[kept], np.arange(len(table.index)), side="right")
+    pred_KD = _by_category(by_score[counted_P[by_score]], table.pred_category_P, len(table.index))
+    gt_KG = _by_category(np.flatnonzero(~table.gt_crowd_G), table.gt_category_G, len(table.index))
     return [
         CategoryMatches(
             pred_D=pred_D,
@@ -128,10 +127,17 @@ def match_categories(
             tp_TD=state_TP[:, pred_D] == _TP,
             ignored_TD=state_TP[:, pred_D] == _IGNORED,
             iou_D=iou_P[pred_D],
-            gt_image_G=table.gt_image_G[(table.gt_category_G == category) & ~table.gt_crowd_G],
+            gt_image_G=table.gt_image_G[gt_G],
         )
-        for category, pred_D in enumerate(np.split(kept, ends)[:-1])
+        for pred_D, gt_G in zip(pred_KD, gt_KG, strict=True)
     ]
+
+
+def _by_category(rows: Ints, category_N: Ints, n_categories: int) -> list[Ints]:
+    """The rows of each category, in the order given."""
+    rows = rows[np.argsort(category_N[rows], kind="stable")]
+    ends = np.searchsorted(category_N[rows], np.arange(n_categories), side="right")
+    return np.split(rows, ends)[:-1]
 
 
 def _counted(table: DetectionTable, by_score: Ints, rules: Rules) -> Bools:
@@ -205,6 +211,7 @@ def ranking_flags(
 
 _CELLS_PER_BLOCK = 1_000_000  # detections x weightings in memory at once: a few MB
 _MOST_THREADS = 8  # each thread holds a few blocks
+_FEWEST_THREADED = 10  # weightings; for fewer, handing a category to a thread takes longer than its AP
 _GRID_AND_END = np.append(RECALL_GRID, np.inf)
 
 
@@ -227,6 +234,10 @@ def weighted_ap(matches_K: Sequence[CategoryMatches], weights_BI: Ints) -> Float
             ap_KTB[k, :, block] = _category_ap(matches_K[k], weights_IB[:, block])
 
     present = [k for k, matches in enumerate(matches_K) if len(matches.gt_image_G)]
+    if weights_IB.shape[1] < _FEWEST_THREADED:
+        for k in present:
+            fill(k)
+        return ap_KTB
     # Threads help because numpy releases the GIL in its loops.
     with ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1)) as pool:
         list(pool.map(fill, present))
@@ -243,9 +254,17 @@ def _category_ap(matches: CategoryMatches, weights_IB: NDArray[np.int32]) -> Flo
     weight_DB = weights_IB[matches.image_D]
     seen_DB = np.cumsum(weight_DB, axis=0, dtype=np.int32)
     ap_TB = np.zeros((len(matches.tp_TD), weights_IB.shape[1]))
+    # Rare categories have equal flags at most thresholds, and then equal AP.
+    flags_TD = matches.tp_TD + 2 * matches.ignored_TD
+    repeated_T = [False, *(flags_TD[1:] == flags_TD[:-1]).all(axis=1).tolist()]
     for t, (tp_D, ignored_D) in enumerate(zip(matches.tp_TD, matches.ignored_TD, strict=True)):
+        if repeated_T[t]:
+            ap_TB[t] = ap_TB[t - 1]
+            continue
         # Recall changes only at true positives, and precision has its peaks there, so only these rows are evaluated.
         hits_H = np.flatnonzero(tp_D)
+        if not len(hits_H):
+            continue
         counted_HB = seen_DB[hits_H]
         if ignored_D.any():
             counted_HB = np.cumsum(np.where(ignored_D[:, None], 0, weight_DB), axis=0, dtype=np.int32)[hits_H]

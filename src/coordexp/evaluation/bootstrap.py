@@ -50,14 +50,16 @@ def resampled_f1(matches: GreedyMatches, weights_BI: Ints, area: str = "f1", sco
 
 
 def resampled_ap(matches_K: list[CategoryMatches], weights_BI: Ints, rows: dict[str, list[int]]) -> dict[str, Floats]:
-    """(B,) AP in each resample, for named sets of categories (rows of K).
+    """(B,) AP in each resample, for named sets of categories (rows of K); P of the K have objects.
 
     Returns `<name>.mAP`, `<name>.AP50` and `<name>.AP75`; NaN for a resample without an object of the set.
     """
-    ap_KTB = weighted_ap(matches_K, weights_BI)
+    present = [k for k, matches in enumerate(matches_K) if len(matches.gt_image_G)]  # the others have no AP
+    place = {k: n for n, k in enumerate(present)}
+    ap_PTB = weighted_ap([matches_K[k] for k in present], weights_BI)
     samples: dict[str, Floats] = {}
     for name, members in rows.items():
-        ap_TB = mean_of_present(ap_KTB[members])
+        ap_TB = mean_of_present(ap_PTB[[place[k] for k in members if k in place]])
         samples[f"{name}.mAP"] = ap_TB.mean(axis=0)
         samples[f"{name}.AP50"] = ap_TB[0]
         samples[f"{name}.AP75"] = ap_TB[5]
