@@ -8,7 +8,7 @@ from scipy.stats import norm
 from scipy.stats import t as student
 
 from coordexp.evaluation import effect as effect_module
-from coordexp.evaluation.effect import Effect, Verdict, effect
+from coordexp.evaluation.effect import FEWEST_SEEDS, Effect, Verdict, effect
 
 
 def test_two_seeds_by_hand() -> None:
@@ -52,6 +52,17 @@ def test_pairing_cancels_what_both_sides_share() -> None:
     assert same is not None
     assert (same.lo, same.hi, same.p_superior) == (0.0, 0.0, 0.5)
     assert same.verdict == Verdict.IDENTICAL
+
+
+@pytest.mark.parametrize(
+    ("differing", "verdict"), [(1, Verdict.NO_DIFFERENCE), (3, Verdict.NO_DIFFERENCE), (8, Verdict.BETTER)]
+)
+def test_three_images_that_differ_decide_nothing(differing: int, verdict: Verdict) -> None:
+    """All in one direction, but a twentieth of the resamples have none of three."""
+    weights_BI = np.random.default_rng(4).multinomial(300, np.full(300, 1 / 300), size=1000)
+    found = effect(np.array([differing / 300]), weights_BI[:, :differing].sum(axis=1)[None] / 300)
+    assert found is not None
+    assert found.verdict == verdict
 
 
 def test_superiority_counts_the_resamples_as_drawn() -> None:
@@ -114,6 +125,19 @@ def test_coverage_and_power_in_simulation() -> None:
     assert 0.93 <= covered / trials <= 0.975
     assert 0.70 <= found_better / trials <= 0.85
     assert np.median(showable) == pytest.approx(truth, rel=0.15)
+
+
+@pytest.mark.parametrize(("n_seeds", "lowest", "highest"), [(2, 0.09, 0.14), (FEWEST_SEEDS, 0.05, 0.09)])
+def test_two_seeds_find_too_many_differences_where_training_varies(n_seeds: int, lowest: float, highest: float) -> None:
+    """Without a true difference, and with twice the error of the images in the mean over seeds."""
+    rng = np.random.default_rng(7)
+    resampled, trials, found = np.tile(rng.normal(0, 1, 200), (n_seeds, 1)), 3000, 0
+    resampled *= 1 / resampled[0].std(ddof=1)
+    for _ in range(trials):
+        result = effect(rng.normal() + rng.normal(0, 2 * np.sqrt(n_seeds), n_seeds), resampled)
+        assert result is not None
+        found += result.verdict != Verdict.NO_DIFFERENCE
+    assert lowest < found / trials < highest
 
 
 def test_quantiles_are_those_of_the_distributions_bit_by_bit():

@@ -52,6 +52,7 @@ class Reading:
 
     value: float
     samples_B: Floats
+    n_images: int
 
 
 def reading(evaluation: Evaluation, key: str) -> Reading | None:
@@ -62,19 +63,20 @@ def reading(evaluation: Evaluation, key: str) -> Reading | None:
     """
     if key in MEASURES:
         return _measured(evaluation, MEASURES[key].statistic(evaluation.table))
-    value = evaluation.value(key)
+    value, n_images = evaluation.value(key), evaluation.table.n_images
     if value is None:
         return None
     if key in evaluation.samples:
-        return Reading(value, evaluation.samples[key])
+        return Reading(value, evaluation.samples[key], n_images)
     name = key.partition(".")[2]  # a metric without stored resamples is the mean of its per-image values
     values_I = np.array([row[name] for row in evaluation.per_image], np.float64)
-    return Reading(value, _weights(evaluation) @ values_I / len(values_I))
+    return Reading(value, _weights(evaluation) @ values_I / len(values_I), n_images)
 
 
 def _measured(evaluation: Evaluation, statistic: Statistic) -> Reading | None:
-    value = float(statistic(np.ones((1, evaluation.table.n_images)))[0])
-    return None if np.isnan(value) else Reading(value, statistic(_weights(evaluation)))
+    n_images = evaluation.table.n_images
+    value = float(statistic(np.ones((1, n_images)))[0])
+    return None if np.isnan(value) else Reading(value, statistic(_weights(evaluation)), n_images)
 
 
 def _weights(evaluation: Evaluation) -> Ints:
@@ -85,7 +87,7 @@ def reading_effect(
     ours: Sequence[Reading | None], theirs: Sequence[Reading | None] | float, level: float = LEVEL
 ) -> Effect | None:
     """The effect of readings compared with other readings, paired by seed and resample, or with a number."""
-    others = [Reading(theirs, np.zeros(1) + theirs)] * len(ours) if isinstance(theirs, float | int) else theirs
+    others = [Reading(theirs, np.zeros(1) + theirs, 0)] * len(ours) if isinstance(theirs, float | int) else theirs
     pairs = [(a, b) for a, b in zip(ours, others, strict=True) if a is not None and b is not None]
     if len(pairs) < len(ours):
         return None
