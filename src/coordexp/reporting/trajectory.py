@@ -3,7 +3,7 @@
     reports/<profile>/trajectory/<stage>.md            tables; made from
     reports/<profile>/trajectory/<stage>.json          every number
     reports/<profile>/trajectory/<stage>.png           mAP, F1 and counts by step
-    reports/<profile>/trajectory/<stage>_worst.jpg     the worst images: annotations, and predictions after every step
+    reports/<profile>/trajectory/<stage>_worst.jpg     the worst images: annotations, and predictions after some steps
 
 The worst images have the lowest F1 after the last step, more objects first. They are followed because means hide what a
 single image shows: enumerated labels, duplicates, a broken order.
@@ -36,7 +36,7 @@ from coordexp.training.dev_answers import answer_tile, judge_answer
 
 Evaluated = Mapping[int, tuple[Sequence[ImageResult], Evaluation]]  # by step
 WORST = 10
-DRAWN = 4  # of the worst images
+DRAWN, DRAWN_STEPS = 2, 4  # of the worst images, and of the steps; more would be too small on a page
 DUPLICATE_IOUS = (0.9, 0.95)
 LABELS = 4  # of a histogram that are shown
 SCORES = ("coco.mAP", "coco.AP50", "f1.full_50", "f1.precision_50", "f1.recall_50", "rollout.matched_iou_mean")
@@ -139,7 +139,7 @@ def trajectory_markdown(numbers: Mapping[str, Any]) -> str:
         "The images with the lowest F1 after the last step, more objects first. Duplicates are pairs of one label "
         "with an IoU of at least .90 or .95; order violations are neighbors in the answer whose (y1, x1) decreases.",
         *(_image_part(row) for row in numbers["worst"]),
-        f"![The worst images after each step]({stage}_worst.jpg)",
+        f"![The worst images after some of the steps]({stage}_worst.jpg)",
         "## Coordinates in the training log",
         f"Means over the last {percent(NEAR_FRACTION)} of the steps before each of these steps, on training images.",
         _logged_table(numbers["logged"]),
@@ -207,12 +207,15 @@ def _draw_scores(steps: Sequence[int], evaluations: Sequence[Evaluation], path: 
 
 
 def _draw_worst(run: RunConfig, evaluated: Evaluated, image_ids: Sequence[int], path: Path) -> None:
+    places = np.linspace(0, len(evaluated) - 1, min(DRAWN_STEPS, len(evaluated))).round().astype(int)
+    steps = [[*evaluated][place] for place in places]
     tiles = []
     for image_id in image_ids:
-        for step, (results, _) in evaluated.items():
+        for step in steps:
+            results, _ = evaluated[step]
             result = next(r for r in own_lines(results) if r.image_id == image_id)
             tiles.append(answer_tile(judge_answer(result), run.paths.raw, f"after step {step}"))
     if tiles:
         picture = io.BytesIO()
-        grid(tiles, len(evaluated)).save(picture, "JPEG", quality=85)
+        grid(tiles, len(steps)).save(picture, "JPEG", quality=70)
         write_bytes(path, picture.getvalue())
