@@ -78,6 +78,9 @@ def write_stage(stage, words):
         (folder / "run_metadata.json").write_text(json.dumps({"tokens": 10}))
         if stage == "stage2":
             write_sealed(Path("runs/tiny/stage2-compute.json"), {"tokens": 10, "rollout_tokens": 6})
+            control = Path("runs/tiny/stage1-control")
+            control.mkdir(parents=True)
+            (control / "run_metadata.json").write_text(json.dumps({"tokens": 15, "after": [weight, seed]}))
         rows = [{"step": s, "raw/softce": 5.0 - s, "raw/text_ce": 1.0} for s in range(4)]
         (folder / "train_log.jsonl").write_text("".join(json.dumps(row) + "\\n" for row in rows))
 '''
@@ -151,10 +154,11 @@ stages:
     outs:
       - runs/${profile}/stage2
       - runs/${profile}/stage2-compute.json
+      - runs/${profile}/stage1-control
   decode:
     foreach:
       stage1: runs/${profile}/stage1
-      stage1-control: runs/${profile}/stage2
+      stage1-control: runs/${profile}/stage1-control
       stage2: runs/${profile}/stage2
     do:
       cmd: python -m pipelines.decode ${key} --profile ${profile}

@@ -168,6 +168,10 @@ def test_a_claim_is_decided_by_its_interval(expected: Any, above: str, across: s
     within = Effect(0.0, -0.004, 0.004, 0.5, 0.01, 0.005, None)
     assert judged(claim, within, {}) == ("confirmed" if expected == "same" else "not shown")
     assert judged(claim, within, {"run": ["loops"]}) == "not evaluated"
+    assert judged(claim, Effect(0.5, 0.4, 0.6, 0.5, 0.01, 0.005, None), {}, enough=False) == "not shown"
+    assert judged(claim, Effect(0.0, 0.0, 0.0, 0.5, 0.0, 0.0, None), {}) == (
+        "confirmed" if expected == "same" else "no effect"
+    )
     assert judged(claim, None, {}) == "not defined"
 
 

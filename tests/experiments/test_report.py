@@ -12,6 +12,7 @@ from PIL import Image
 
 from coordexp.experiments.report import report_markdown, verdict_sentence, write_report
 from coordexp.infra.logs import read_log
+from coordexp.reporting.questions import answer_markdown
 
 KEYS = ("coco.AP50", "coco.AP75", "f1.full_50", "f1.full_mean", "set.dup_pairs_90")
 
@@ -31,6 +32,7 @@ def numbers(delta: float, lo: float, hi: float, verdict: str, seeds: int = 2) ->
     return {
         "name": "x",
         "question": "A/B test x",
+        "budget": "tokens",
         "profile": "tiny",
         "commit": "0123456789abcdef",
         "seeds": seeds,
@@ -56,6 +58,8 @@ def test_the_verdict_comes_first_with_the_minimum_detectable_effect(verdict: str
 def test_a_single_seed_is_reported_to_exclude_training_noise() -> None:
     tree = numbers(0.012, 0.001, 0.025, "better", seeds=1)
     assert "does not include training noise" in verdict_sentence(tree["effects"][0], tree)
+    assert "Two seeds can agree by chance" in verdict_sentence(tree["effects"][0], tree | {"seeds": 2})
+    assert "by chance" not in verdict_sentence(tree["effects"][0], tree | {"seeds": 3})
 
 
 def test_identical_runs_report_no_detectable_effect() -> None:
@@ -103,6 +107,58 @@ def test_the_text_is_well_formed_and_the_figure_overlays_the_arms(tmp_path: Path
     assert "| `w=1` | not measured | 5,000 |" in report_markdown(tree)
     with Image.open(tmp_path / "out" / "x.png") as picture:
         assert picture.width > picture.height
+
+
+CLAIM = {
+    **{
+        "claim": "c",
+        "text": "it is nearer",
+        "arm": "w=2",
+        "baseline": "stage1-control",
+        "expected": "higher",
+        "margin": 0.0,
+    },
+    **{
+        "metric": "coord.p_gt_mean",
+        "unit": "0..1",
+        "meaning": "probability",
+        "split": "dev",
+        "n_images": 48,
+        "than": 0.0,
+    },
+    **{
+        "values": [0.3, 0.2],
+        "delta": 0.1,
+        "lo": 0.05,
+        "hi": 0.2,
+        "judgement": "confirmed",
+        "yes": "",
+        "no": "",
+        "open": "",
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, "2 seeds of 3 planned, varying `stage2.seed`: the intervals are given one checkpoint of stage 1; no rule"),
+        ({"seeds": 3}, "3 seeds, varying `stage2.seed`: the intervals are given one checkpoint of stage 1. Equal"),
+        ({"seeds": 3, "seed_keys": ["stage1.seed", "stage2.seed"]}, "varying `stage1.seed` and `stage2.seed`. Equal"),
+        (
+            {"budget": "decoding"},
+            "One checkpoint: the intervals contain the variation of the images, not that of training",
+        ),
+        ({}, "Equal training tokens, but `w=2` took 1.50 times that of `stage1-control`."),
+        ({}, "| 48 dev | 0.3000 / 0.2000 |"),
+        ({"left_out_claims": ["it | is better"]}, r"Claims left out with them: it \| is better."),
+    ],
+)
+def test_the_page_of_a_question_says_what_its_intervals_cover(changes: dict[str, Any], words: str) -> None:
+    tree = numbers(0.0, -0.1, 0.1, "better") | {"claims": [CLAIM], "planned_seeds": 3, "source": "us", "note": ""}
+    for run in tree["runs"]:
+        run["control"] = 4000
+    assert words in answer_markdown(tree | changes, "coordexp answer x")
 
 
 def test_arms_with_looping_answers_get_no_verdict() -> None:

@@ -183,6 +183,7 @@ arms:
   near:
     changes: [softce_weight=0.1, "configs/${profile}.yaml:stage2.steps=50"]
     baseline: stage1-control
+  before: {checkpoint: stage1, baseline: default}
 claims:
   nearer:
     {text: less is nearer, source: the toy, arm: near, baseline: default, expected: higher, "yes": Less is nearer.}
@@ -190,19 +191,28 @@ claims:
 """
 
 
-def test_a_question_runs_missing_arms_and_accepts_another_one(toy: Toy) -> None:
+def test_a_question_runs_missing_arms_and_accepts_another_one(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
     """The default comes from the commit; an arm that says the same in other words comes with it."""
 
-    def run(text: str) -> dict[str, Any]:
+    def run(text: str, answer: str = "Less is nearer.") -> dict[str, Any]:
         toy.write("configs/questions/toy.yaml", text)
         SAID.clear()
         toy.ran()
         found = answer_question(Repository(toy.root, SAID.append), load_question("toy", toy.root), "toy")
-        assert found == (Path("reports/answers/toy.md"), "Less is nearer.")
+        assert found == (Path("reports/answers/toy.md"), answer)
         return json.loads((toy.root / "reports" / "answers" / "toy.json").read_text())
 
-    numbers = run(QUESTION)
+    undecided = run(QUESTION, "Not shown: less is nearer.")
+    assert [claim["judgement"] for claim in undecided["claims"]] == ["not shown"] * 2
+    assert (
+        "no rule about training is decided by fewer than 3 seeds"
+        in (toy.root / "reports" / "answers" / "toy.md").read_text()
+    )
+    monkeypatch.setattr("coordexp.experiments.compare.FEWEST_SEEDS", 2)
     assert {line for line in toy.ran() if line.startswith("stage2")} == {"stage2 1.0 1", "stage2 0.1 0", "stage2 0.1 1"}
+
+    numbers = run(QUESTION + "note: the same\n")
+    assert toy.ran() == []
     assert any("seed-recipe" in line and "exists as ab-toy-default" in line for line in SAID)
     by_arm = {row["arm"]: row["metrics"]["coco.mAP"] for row in numbers["effects"]}
     assert by_arm["seed_recipe"]["verdict"] == "the same in every resample and seed"
@@ -210,13 +220,22 @@ def test_a_question_runs_missing_arms_and_accepts_another_one(toy: Toy) -> None:
     assert (claim["judgement"], value["judgement"]) == ("confirmed", "confirmed")
     assert claim["delta"] > by_arm["near"]["delta"] > 0  # its own control is farther off than the default
     assert value["delta"] == pytest.approx(value["values"][0] - 0.5, abs=2e-4)
-    assert {(run["tokens"], run["compute"]) for run in numbers["runs"]} == {(10, 12)}
+    assert {(run["arm"] == "before", run["tokens"], run["compute"]) for run in numbers["runs"]} == {
+        (False, 10, 12),
+        (True, 10, 10),  # no rollouts before stage 1
+    }
+    assert {run["arm"]: run.get("control") for run in numbers["runs"]} == {
+        "default": None,
+        "near": 15,
+        "seed_recipe": None,
+        "before": None,
+    }
     details = (toy.root / "reports" / "answers" / "details" / "toy.md").read_text()
     assert details.index("less is nearer") < details.index("## Effects")
     page = (toy.root / "reports" / "answers" / "toy.md").read_text()
     assert page.startswith("# Is less nearer?\n\n**Less is nearer.**\n")
     assert "| less is nearer | `coco.mAP`: `near` > `default` |" in page
-    assert len(page.splitlines()) <= 20
+    assert len(page.splitlines()) <= 25
     assert "left out" not in page
     [row] = stored_answers(toy.root)
     assert (row.name, row.answer, row.page) == ("toy", "Less is nearer.", Path("reports/answers/toy.md"))
@@ -231,7 +250,7 @@ def test_a_question_runs_missing_arms_and_accepts_another_one(toy: Toy) -> None:
     answer_question(Repository(toy.root, SAID.append), load_question("toy", toy.root).only(["near"]), "toy")
     page = (toy.root / "reports" / "answers" / "toy.md").read_text()
     assert page.startswith("# Is less nearer?\n\n**Not answered: the arms of its first rule were left out.**\n")
-    assert "Arms left out: `default`, `seed_recipe`, `far`." in page
+    assert "Arms left out: `default`, `seed_recipe`, `before`, `far`." in page
 
     for edited, words in (
         (QUESTION.replace('higher, "yes"', 'lower, "yes"'), r"claims\.nearer .*: expected 'higher', now 'lower'"),

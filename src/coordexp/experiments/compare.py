@@ -14,11 +14,13 @@ from typing import Any
 import pandas as pd
 
 from coordexp.config.paths import RUN_METADATA, TRAIN_LOG, ProfilePaths
-from coordexp.config.question import METRICS, TRAINED, Claim, Question
+from coordexp.config.question import METRICS, TRAINED, Claim, Question, Trained
 from coordexp.evaluation.comparison import Reading, reading, reading_effect
-from coordexp.evaluation.effect import LEVEL, Effect, Verdict
+from coordexp.evaluation.effect import FEWEST_SEEDS, LEVEL, Effect, Verdict
 from coordexp.evaluation.evaluator import Evaluation, rounded
-from coordexp.evaluation.registry import view
+from coordexp.evaluation.measures import MEASURES
+from coordexp.evaluation.protocol import STANDARD
+from coordexp.evaluation.registry import metric_specs, view
 from coordexp.experiments.dependencies import Present
 from coordexp.experiments.plan import Plan, plan_study
 from coordexp.experiments.progress import total
@@ -51,6 +53,7 @@ class Run:
     seconds: float | None  # training time, if it was measured
     tokens: int  # training tokens
     compute: int  # training tokens, plus those that rollouts read and generated, converted to training tokens
+    control: int | None = None  # training tokens of the run's own control, if it is compared
     readings: Mapping[tuple[str, str], Reading | None] = field(default_factory=dict)  # by checkpoint and key
 
 
@@ -61,6 +64,7 @@ DIAGNOSTICS = (
     *("coord_diag/p_gt_mean", "coord_diag/acc_top5", "coord_diag/coord_vocab_mass_mean", "raw/gate"),
     "coord_diag/expected_bin_abs_err_p90",
 )
+CONTROL: Trained = "stage1-control"
 Told = Callable[[Mapping[str, Any], Mapping[str, Sequence[Run]]], None]  # receives numbers and runs after each seed
 
 
@@ -183,6 +187,7 @@ def run_arm(repository: Repository, prepared: Prepared, arm: str, seed: int, nam
         seconds=sum(measured[stage] for stage in stages) if {*stages} <= measured.keys() else None,
         tokens=tokens,
         compute=control_tokens(cost, "compute"),
+        control=tokens_trained(repository, revision, plan.profile, CONTROL) if plan.compares_control(arm) else None,
         readings={(of, key): READINGS[key].read(files, of) for of, key in _run_keys(plan.study, arm)},
     )
 
@@ -211,18 +216,23 @@ def judge(study: Question, runs: Runs) -> dict[str, Any]:
     )
 
 
-def judged(claim: Claim, found: Effect | None, faults: Mapping[str, Any]) -> str:
+def judged(claim: Claim, found: Effect | None, faults: Mapping[str, Any], enough: bool = True) -> str:
     """Whether a 95 % interval confirms a claim, refutes it, or shows neither; `same` means within the margin.
 
     The test of `same` is the interval form of an equivalence test (TOST, Schuirmann 1987): a difference that is not
-    significant does not confirm it, only an interval inside the margin does.
+    significant does not confirm it, only an interval inside the margin does. Otherwise a difference of 0 in every
+    resample is "no effect". Without `enough` seeds nothing is shown.
     """
     if found is None or faults:
         return (Verdict.UNDEFINED if found is None else Verdict.NOT_JUDGED).value
+    if not enough:
+        return "not shown"
     if claim.expected == "same":
         inside = -claim.margin < found.lo and found.hi < claim.margin
         outside = found.lo > claim.margin or found.hi < -claim.margin
         return "confirmed" if inside else "refuted" if outside else "not shown"
+    if found.verdict is Verdict.IDENTICAL:
+        return "no effect"
     lo, hi = (found.lo, found.hi) if claim.expected == "higher" else (-found.hi, -found.lo)
     return "confirmed" if lo > 0 else "refuted" if hi < 0 else "not shown"
 
@@ -234,9 +244,17 @@ def _judged_claim(study: Question, runs: Runs, name: str, claim: Claim) -> dict[
     found = reading_effect(values[0], values[1] if claim.baseline else claim.than)
     if claim.baseline and claim.metric not in READINGS:
         found = side_effect(ours, theirs, claim.metric)  # raises if the sides have different images
-    row = {"claim": name, **claim.model_dump(), **(asdict(found) if found else {})}
+    row = {"claim": name, **claim.model_dump(), **_about(claim.metric), **(asdict(found) if found else {})}
     row["values"] = [_mean(side) for side in values[: 2 if claim.baseline else 1]]
-    return row | {"judgement": judged(claim, found, faults(ours | theirs))}
+    row["n_images"] = next((one.n_images for one in values[0] if one is not None), None)
+    enough = study.budget == "decoding" or len(ours) >= FEWEST_SEEDS
+    return row | {"judgement": judged(claim, found, faults(ours | theirs), enough)}
+
+
+def _about(key: str) -> dict[str, str]:
+    """The meaning and unit of a metric, measure or reading, and the images that it is of."""
+    spec = READINGS.get(key) or MEASURES.get(key) or metric_specs(STANDARD, vocabulary=True)[key]
+    return {"meaning": spec.meaning, "unit": spec.unit, "split": READINGS[key].split if key in READINGS else "val"}
 
 
 def _mean(values: Sequence[Reading | None]) -> float | None:
@@ -256,7 +274,11 @@ def _readings(study: Question, runs: Runs, arm: str, baseline: str, key: str) ->
 def _side(study: Question, runs: Runs, arm: str, baseline: str) -> dict[str, Evaluation]:
     """The evaluations of an arm, or of its baseline, for each seed."""
     name, checkpoint = _named(study, arm, baseline)
-    return {f"{run.experiment} {checkpoint}": run.evaluations[checkpoint] for run in runs[name]}
+    side: dict[str, Evaluation] = {}
+    for seed, run in enumerate(runs[name]):
+        label = f"{run.experiment} {checkpoint}"  # several seeds have one run if nothing before the checkpoint varies
+        side[f"{label}, seed {seed}" if label in side else label] = run.evaluations[checkpoint]
+    return side
 
 
 def _named(study: Question, arm: str, baseline: str) -> tuple[str, str]:
@@ -279,7 +301,7 @@ def _row(study: Question, arm: str, seed: int, run: Run) -> dict[str, Any]:
     keys = dict.fromkeys((*METRICS, *view("headline", evaluation.params), *CHECKED))
     tenths = {column: ends(run.log, column) for column in (*PANELS, *DIAGNOSTICS)}
     row = {"arm": arm, "seed": seed, "experiment": run.experiment, "seconds": run.seconds, "tokens": run.tokens}
-    row["compute"] = run.compute
+    row |= {"compute": run.compute} | ({"control": run.control} if run.control is not None else {})
     row |= {key: evaluation.value(key) for key in keys if has(evaluation, key)}
     return row | {column: None if found is None else found[1] for column, found in tenths.items()}
 
@@ -293,7 +315,8 @@ def _read(plan: Plan, arm: str) -> tuple[str, ...]:
     paths, checkpoint = ProfilePaths(plan.profile), plan.study.arms[arm].checkpoint
     answers = [answers_path(paths, name) for name in plan.study.checkpoints(arm)]
     stages = plan.trained(checkpoint)
-    taken = [(paths.run(stage) / RUN_METADATA).as_posix() for stage in stages]
+    read = [*stages, *([CONTROL] if plan.compares_control(arm) and CONTROL not in stages else [])]
+    taken = [(paths.run(stage) / RUN_METADATA).as_posix() for stage in read]
     taken += [compute_path(paths)] if "stage2" in stages else []
     more = [path for of, key in _run_keys(plan.study, arm) for path in READINGS[key].paths(paths, of)]
     return (*answers, categories_path(paths), _log(plan, arm), *taken, *dict.fromkeys(more))

@@ -57,6 +57,10 @@ class Plan:
         stages = dict.fromkeys((*(("stage1",) if "stage1.seed" in self.seed_keys else ()), checkpoint))
         return tuple(stages) if self.seed_keys else ()
 
+    def compares_control(self, arm: str) -> bool:
+        """Whether the control of the arm's own runs, trained with them, is evaluated."""
+        return bool(self.seed_keys) and "stage1-control" in self.study.checkpoints(arm)
+
 
 def grid_study(assignments: Sequence[str], title: str) -> Question:
     """All combinations of `key=value,value`, compared with the first; a single one with the present parameters.

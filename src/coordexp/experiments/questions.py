@@ -88,7 +88,9 @@ def answer_question(repository: Repository, question: Question, name: str) -> tu
     rules = _evaluated_rules(folder / f"{name}.json")
     _check_rules(rules, folder / f"{name}.json", question, name)
     left_out = [arm for arm in whole.arms if arm not in question.arms]
-    about = {"left_out": left_out, "first_claim": next(iter(whole.claims), "")}
+    dropped = [claim.text for key, claim in whole.claims.items() if key not in question.claims]
+    about: dict[str, Any] = {"left_out": left_out, "left_out_claims": dropped, "planned_seeds": whole.seeds}
+    about["first_claim"] = next(iter(whole.claims), "")
 
     def told(found: Mapping[str, Any], runs: Mapping[str, Sequence[Any]]) -> None:
         numbers = {**found, **about, "rules": rules | _rules(found["claims"])}

@@ -94,13 +94,14 @@ class RunFiles:
         """The value of a statistic of images, with its resamples."""
         weights_BI = resample_weights(n_images, self.draws.eval.bootstrap_resamples, self.draws.seed)
         value = float(statistic(np.ones((1, n_images)))[0])
-        return None if np.isnan(value) else Reading(value, statistic(weights_BI))
+        return None if np.isnan(value) else Reading(value, statistic(weights_BI), n_images)
 
 
 @dataclass(frozen=True, slots=True)
 class RunReading:
-    """One kind of reading; `paths` are the stage outputs that it needs."""
+    """One kind of reading, of the images of a split; `paths` are the stage outputs that it needs."""
 
+    split: Literal["val", "dev"]
     meaning: str
     unit: str
     better: Literal["higher", "lower", "neither"]
@@ -170,7 +171,8 @@ def _f1_with_map(files: RunFiles, checkpoint: str) -> Reading | None:
     known = [[0.0 if v is None else v for v in row] for row in values]
     samples_SBK = np.stack([np.stack([point.evaluation.samples[key] for key in pairs], -1) for point in points])
     value = _correlation(np.array(known)[:, None])
-    return None if np.isnan(value[0]) else Reading(float(value[0]), _correlation(samples_SBK))
+    n_images = points[0].evaluation.table.n_images
+    return None if np.isnan(value[0]) else Reading(float(value[0]), _correlation(samples_SBK), n_images)
 
 
 def _correlation(values_SB2: np.ndarray) -> np.ndarray:
@@ -278,7 +280,7 @@ def _vote_gain(files: RunFiles, checkpoint: str) -> Reading | None:
     )
     if ours is None or theirs is None:
         return None
-    return Reading(ours.value - theirs.value, ours.samples_B - theirs.samples_B)
+    return Reading(ours.value - theirs.value, ours.samples_B - theirs.samples_B, ours.n_images)
 
 
 def _n_begun(result: ImageResult) -> int:
@@ -325,29 +327,35 @@ _COORDINATES: dict[str, tuple[str, Literal["higher", "lower", "neither"]]] = {
 READINGS = {
     **{
         f"coord.{name}": RunReading(
+            "dev",
             f"{(MEANINGS | SHAPES)[name]}; mean over annotated coordinates of dev, after the last step",
             unit, better, _context_paths, partial(_coordinates, name),
         )
         for name, (unit, better) in _COORDINATES.items()
     },
     "context.drift": RunReading(
+        "dev",
         "error of coordinates on dev in the last forward of channel A minus the first, after the last step",
         "bins", "lower", _context_paths, _context_drift,
     ),
     "trajectory.f1_with_map": RunReading(
+        "dev",
         "correlation of F1 and mAP on dev over the kept steps of the stage", "-1..1", "neither", _step_paths,
         _f1_with_map,
     ),
     "order.agreement": RunReading(
+        "val",
         "F1 between the rest of an answer and the rest generated after its first half in another order; IoU "
         f"{SAME_IOU:g}, names included",
         "0..1", "higher", _answer_paths, _order_agreement,
     ),
     "samples.recall_gain": RunReading(
+        "val",
         f"recall at IoU .50 of an oracle over {SAMPLES} sampled answers per image minus the mean recall of one", "0..1",
         "higher", _answer_paths, _recall_gain,
     ),
     "samples.vote_gain": RunReading(
+        "val",
         f"mAP of the objects that at least {SUPPORT} of {SAMPLES} sampled answers agree on minus mAP of the run's own "
         "answers",
         "0..1", "higher", _vote_paths, _vote_gain,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import cycle
+from itertools import cycle, product
 from pathlib import Path
 from typing import Any
 
@@ -11,34 +11,35 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from coordexp.config.question import METRICS, PRIMARY
-from coordexp.evaluation.effect import Verdict
+from coordexp.evaluation.effect import FEWEST_SEEDS, Verdict
 from coordexp.infra.files import write_text
 from coordexp.infra.logs import logged, smoothed
 from coordexp.reporting.markdown import MISSING, escape, number, table
-from coordexp.reporting.questions import ALIKE, measured
-from coordexp.reporting.style import figure_style, new_figure, save_figure
+from coordexp.reporting.questions import ALIKE, continues, measured, seeds_sentence
+from coordexp.reporting.style import COARSE_DPI, figure_style, new_figure, save_figure
 
 # The palette of Okabe and Ito (2008), with gray for the first arm.
 COLOURS = ("#555555", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 # A page of each question is kept in git: noisy lines in full quality would take a sixth of a megabyte each time.
-DPI, COLOURS_KEPT = 110, 48
+COLOURS_KEPT = 48
 PANELS = {
     "raw/softce": "softCE, unweighted (nats)",
     "coord_diag/expected_bin_mae": "mean error of E[k] (bins)",
     "raw/text_ce": "text CE, unweighted (nats)",
 }
 RULE = (
-    f"The rule was fixed before any number was known: the verdict depends on `{PRIMARY}`. An arm is **better** or "
-    "**worse** than its baseline if the interval of the paired difference, over images and training seeds, excludes 0. "
-    "Otherwise **no difference** is **shown** with this budget. The intervals of {arms} hold jointly with 95 % "
-    "confidence (Bonferroni). The minimum detectable effect is the true difference that this budget would have found "
-    "with 80 % probability. The other metrics are context and do not affect the verdict."
+    f"The rule was fixed before the numbers below were known: the verdict depends on `{PRIMARY}`. An arm is **better** "
+    "or **worse** than its baseline if the interval of the paired difference, over images and training seeds, excludes "
+    "0. Otherwise **no difference** is **shown** with this budget. The intervals of {arms} hold jointly with 95 % "
+    "confidence (Bonferroni: {each:.4g} % each, so they are wider than those of the claims). The minimum detectable "
+    "effect is the true difference that this budget would have found with 80 % probability. The other metrics are "
+    "context and do not affect the verdict."
 )
 CLAIM_RULE = (
     "A claim is **confirmed** if its 95 % interval lies entirely on the claimed side of 0 (or within the margin, for a "
     "claim of no change), **refuted** if it lies entirely on the other side (or outside the margin), and otherwise "
-    "**not shown**. The claims are not corrected for multiple comparisons: of 20 claims without a true effect, one is "
-    "expected to be confirmed or refuted by chance."
+    "**not shown**. Fewer than {fewest} seeds decide no claim about training. The claims are not corrected for "
+    "multiple comparisons: of 20 claims without a true effect, one is expected to be confirmed or refuted by chance."
 )
 COSTS = ("seconds", "tokens", "compute")
 Numbers = Mapping[str, Any]
@@ -50,39 +51,55 @@ def write_report(numbers: Numbers, logs: Mapping[str, Sequence[pd.DataFrame]], o
     Args:
         logs: arm -> the training logs of its checkpoint, one per seed.
     """
-    draw_curves(
-        logs, {name: arm["checkpoint"] for name, arm in numbers["arms"].items()}, out_dir / f"{numbers['name']}.png"
-    )
+    figure = out_dir / f"{numbers['name']}.png"
+    if trains(numbers):
+        draw_curves(logs, {name: arm["checkpoint"] for name, arm in numbers["arms"].items()}, figure)
+    else:
+        figure.unlink(missing_ok=True)
     path = out_dir / f"{numbers['name']}.md"
     write_text(path, report_markdown(numbers))
     return path
 
 
+def trains(numbers: Numbers) -> bool:
+    """Whether arms differ in training: otherwise all have the log of one run."""
+    return str(numbers["budget"]) != "decoding"
+
+
 def report_markdown(numbers: Numbers) -> str:
     """The whole page; all of its numbers are from `numbers`."""
     effects = numbers["effects"]
-    claims = ["## Claims", CLAIM_RULE, _claims_table(numbers["claims"])] if numbers["claims"] else []
+    rule = CLAIM_RULE.format(fewest=FEWEST_SEEDS)
+    claims = ["## Claims", rule, _claims_table(numbers["claims"])] if numbers["claims"] else []
+    joint = {"arms": "all arms" if len(effects) > 1 else "the one arm", "each": 100 * (1 - numbers["level"])}
     parts = [
         f"# {escape(numbers['question'])}",
         *(["\n".join(f"- {verdict_sentence(row, numbers)}" for row in effects)] if effects else []),
         _what_ran(numbers),
-        *([RULE.format(arms="all arms" if len(effects) > 1 else "the one arm")] if effects else []),
+        *([RULE.format(**joint)] if effects else []),
         *claims,
         *(_effects_section(numbers) if effects else []),
         "## Values and cost",
         _arms_table(numbers, False),
-        "Values are means over seeds. Training diagnostics are means over the last tenth of the steps:",
-        _arms_table(numbers, True),
-        "Seconds and tokens are those of the training stages that the arms change, per seed. Seconds are measured only "
-        "when a stage runs, so a stage from the cache has none. Compute is the number of training tokens, plus a third "
-        "of the tokens that rollouts read or generated.",
-        f"![Losses by arm]({numbers['name']}.png)",
-        "Thin lines are single seeds; thick lines are their mean, smoothed over a twentieth of the steps. Losses are "
-        "unweighted, so that arms with different weights are comparable.",
+        *(_training_section(numbers) if trains(numbers) else []),
         "## By seed",
         _seeds_table(numbers),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _training_section(numbers: Numbers) -> list[str]:
+    return [
+        "Values are means over seeds. Training diagnostics are means over the last tenth of the steps:",
+        _arms_table(numbers, True),
+        "Seconds and tokens are those of the training stages that the arms change, per seed. Seconds are measured only "
+        "when a stage runs, so a stage from the cache has none, and other work on the machine lengthens them. Compute "
+        "is the number of training tokens, plus a third of the tokens that rollouts read or generated.",
+        f"![Losses by arm]({numbers['name']}.png)",
+        "Thin lines are single seeds; thick lines are their mean, smoothed over a twentieth of the steps. Losses are "
+        "unweighted. They compare arms only where targets, images and contexts are the same: a wider soft target has a "
+        "higher entropy, and channel B trains on other images and answers than channel A.",
+    ]
 
 
 def verdict_sentence(row: Numbers, numbers: Numbers) -> str:
@@ -101,30 +118,34 @@ def verdict_sentence(row: Numbers, numbers: Numbers) -> str:
     if found["verdict"] == Verdict.NOT_JUDGED.value:
         why = "; ".join(f"{run}: {', '.join(words)}" for run, words in row["faults"].items())
         return f"{text}, because of faulty answers in {why}."
-    if seeds == 1 and numbers["seed_keys"]:
+    if seeds == 1:
         text += ". With one seed the interval does not include training noise; a repetition may give another result"
+    elif seeds < FEWEST_SEEDS:
+        text += f". Two seeds can agree by chance, and then the interval is too narrow; {FEWEST_SEEDS} are safer"
     return f"{text}{_unlike_tokens(row, numbers)}."
 
 
 def _unlike_tokens(row: Numbers, numbers: Numbers) -> str:
     """A remark if the two sides trained on different numbers of tokens."""
     tokens = pd.DataFrame(numbers["runs"]).groupby("arm")["tokens"].mean()
-    if row["baseline"] not in tokens or not tokens[row["baseline"]]:
+    if row["baseline"] not in tokens or not tokens[row["baseline"]] or continues(numbers["arms"], row):
         return ""
     ratio = tokens[row["arm"]] / tokens[row["baseline"]]
     return f". It trained on {ratio:.2f} times the tokens" if abs(ratio - 1) > ALIKE else ""
 
 
 def _what_ran(numbers: Numbers) -> str:
-    keys = " and ".join(f"`{key}`" for key in numbers["seed_keys"])
-    repeated = f"{numbers['seeds']} repetitions of each arm, varying {keys}" if keys else "no training"
     checkpoints = dict.fromkeys(f"`{arm['checkpoint']}`" for arm in numbers["arms"].values())
-    return (
+    text = (
         f"Profile `{numbers['profile']}`, commit `{numbers['commit'][:12]}`, checkpoint {', '.join(checkpoints)}, "
-        f"{numbers['n_images']} images; {repeated}. With equal seeds, all arms see the same data in the same order. A "
-        "baseline that is a checkpoint belongs to the arm's own run: `stage1-control` is stage 1 continued with the "
-        "budget of that run's stage 2."
+        f"{numbers['n_images']} val images. {seeds_sentence(numbers)}"
     )
+    if trains(numbers):
+        text += (
+            " With equal seeds, all arms see the same data in the same order. A baseline that is a checkpoint belongs "
+            "to the arm's own run: `stage1-control` is stage 1 continued with the budget of that run's stage 2."
+        )
+    return text
 
 
 def _claims_table(claims: Sequence[Numbers]) -> str:
@@ -202,23 +223,24 @@ def draw_curves(logs: Mapping[str, Sequence[pd.DataFrame]], stages: Mapping[str,
     shown = [c for c in PANELS if all(len(logged(log, c)) for runs in logs.values() for log in runs)] or [*PANELS][:1]
     rows = list(dict.fromkeys(stages.values()))
     with figure_style():
-        figure = new_figure(3.4 * len(shown) + 1.5, 3.2 * len(rows), DPI)
+        figure = new_figure(3.4 * len(shown) + 1.5, 3.2 * len(rows), COARSE_DPI)
         for axes, stage in zip(figure.subplots(len(rows), len(shown), squeeze=False), rows, strict=True):
             arms = {name: runs for name, runs in logs.items() if stages[name] == stage}
             for ax, column in zip(axes, shown, strict=True):
-                for (name, runs), colour in zip(arms.items(), cycle(COLOURS), strict=False):
-                    _draw_arm(ax, name, runs, column, colour)
+                styles = cycle(product(("-", "--"), COLOURS))  # more arms than colors: dashed
+                for (name, runs), (dashes, colour) in zip(arms.items(), styles, strict=False):
+                    _draw_arm(ax, name, runs, column, colour, dashes)
                 ax.set(title=PANELS[column], xlabel=f"optimizer step of {stage}")
             axes[-1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5))
         save_figure(figure, path, COLOURS_KEPT)
 
 
-def _draw_arm(ax: Axes, name: str, runs: Sequence[pd.DataFrame], column: str, colour: str) -> None:
+def _draw_arm(ax: Axes, name: str, runs: Sequence[pd.DataFrame], column: str, colour: str, dashes: str) -> None:
     series = [logged(log, column) for log in runs]
     for values in series:
         ax.plot(values.index, _smooth(values), color=colour, alpha=0.3, linewidth=0.8)
     if len({tuple(values.index) for values in series}) == 1:
-        ax.plot(series[0].index, _smooth(sum(series) / len(series)), color=colour, label=name)
+        ax.plot(series[0].index, _smooth(sum(series) / len(series)), color=colour, linestyle=dashes, label=name)
 
 
 def _smooth(values: Any) -> Any:

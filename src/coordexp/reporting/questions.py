@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 import numpy as np
@@ -20,14 +21,17 @@ import pandas as pd
 
 from coordexp.config.question import load_question, question_names
 from coordexp.errors import DataError
+from coordexp.evaluation.effect import FEWEST_SEEDS, LEVEL
 from coordexp.infra.files import write_text
 from coordexp.infra.foreign import Gate
+from coordexp.infra.printable import printable
 from coordexp.reporting.markdown import MISSING, escape, number, table, with_interval
-from coordexp.reporting.style import INK, WIDTH_IN, figure_style, new_figure, save_figure
+from coordexp.reporting.style import COARSE_DPI, INK, WIDTH_IN, figure_style, new_figure, save_figure
 
 ANSWERS = Path("reports/answers")
 INDEX = ANSWERS / "README.md"
 KEPT_NUMBERS = Gate("what `coordexp answer` writes", DataError, "Ask the question again.")
+COLOURS_KEPT = 16  # of a figure: three, and what smooths their edges
 ALIKE = 0.1  # budgets that differ by a larger fraction are reported
 # What the interval of a claim shows -> the short answer to it.
 SHORT = {"confirmed": "yes", "refuted": "no"}
@@ -50,6 +54,8 @@ class Answered:
     answer: str
     profile: str
     page: Path
+    decided: int  # rules
+    rules: int
 
 
 def stored_answers(root: Path = Path()) -> list[Answered]:
@@ -60,7 +66,8 @@ def stored_answers(root: Path = Path()) -> list[Answered]:
         try:
             row = Answered(
                 numbers["name"], numbers["question"], answer_sentence(numbers), numbers["profile"],
-                ANSWERS / f"{path.stem}.md",
+                ANSWERS / f"{path.stem}.md", sum(claim["judgement"] in SHORT for claim in numbers["claims"]),
+                len(numbers["claims"]),
             )  # fmt: skip
         except (KeyError, TypeError) as error:
             KEPT_NUMBERS.refuse(str(path), f"no answer: {error!r}", error)
@@ -71,16 +78,26 @@ def stored_answers(root: Path = Path()) -> list[Answered]:
 def index_markdown(root: Path) -> str:
     """The page that lists all questions: those with an answer, then the others."""
     answered = stored_answers(root)
-    rows = [[f"[{escape(a.question)}]({a.page.name})", escape(a.answer), f"`{a.profile}`"] for a in answered]
+    rows = [
+        [f"[{escape(a.question)}]({a.page.name})", escape(a.answer), f"{a.decided} of {a.rules}", f"`{a.profile}`"]
+        for a in answered
+    ]
+    decided, rules = sum(a.decided for a in answered), sum(a.rules for a in answered)
     others = [name for name in question_names(root) if name not in {a.name for a in answered}]
     lines = [
         "# Questions and answers",
         "<!-- Written by `coordexp answer` and by `python -m coordexp.reporting.reference`. -->",
-        "Each question has arms, a budget, and rules that were fixed before any number was known "
-        "([how](../../docs/ab_test.md)). The answer is that of its first rule; its page has the others, the intervals "
-        "and the cost. *Not shown* means that the 95 % interval does not decide it.",
-        table(["question", "answer", "profile"], rows, "lll") if rows else "None is answered yet.",
+        "Each question has arms, a budget, and rules that were fixed before the numbers of its page were known "
+        "([how](../../docs/ab_test.md)); a page says where an earlier study was. The answer is that of the first rule; "
+        "the page has the others, the intervals and the cost. *Not shown* means that the 95 % interval does not decide "
+        "it.",
+        table(["question", "answer", "rules decided", "profile"], rows, "llrl") if rows else "None is answered yet.",
     ]
+    if rows:
+        lines.append(
+            f"{decided} of {rules} rules are decided. They are not corrected for multiple comparisons: without any "
+            f"true effect, about {rules * LEVEL:.0f} would be decided by chance."
+        )
     if others:
         lines += ["## Not answered yet", "`coordexp answer NAME --dry-run` estimates the cost of one."]
         lines += ["\n".join(f"- `{name}`: {escape(load_question(name, root).question)}" for name in others)]
@@ -112,6 +129,8 @@ def claim_sentence(claim: Numbers) -> str:
             return claim["yes"] or f"Yes: {claim['text']}."
         case "refuted":
             return claim["no"] or f"No: refuted that {claim['text']}."
+        case "no effect":
+            return f"No effect: {claim['text']}: both sides are the same in every resample."
         case "not shown":
             return claim["open"] or f"Not shown: {claim['text']}."
         case other:
@@ -123,11 +142,11 @@ def answer_markdown(numbers: Numbers, command: str) -> str:
     lines = [f"# {escape(numbers['question'])}"]
     lines += [f"**{escape(answer_sentence(numbers))}**"] if numbers["claims"] else []
     rows = [
-        [escape(claim["text"]), rule_words(claim), _values(claim), measured(claim), _short(claim)]
-        for claim in numbers["claims"]
+        [escape(c["text"]), rule_words(c), f"{c['n_images']} {c['split']}", _values(c), measured(c), _short(c)]
+        for c in numbers["claims"]
     ]
-    header = ["claim", "rule, fixed in advance", "measured", "difference, 95 % interval", "answer"]
-    lines += [table(header, rows, "llrrl")] if rows else []
+    header = ["claim", "rule, fixed in advance", "images", "arm / baseline", "difference, 95 % interval", "answer"]
+    lines += [table(header, rows, "lllrrl"), _legend(numbers["claims"])] if rows else []
     lines += [
         f"Asked by: {escape(numbers['source'])}. {_what_ran(numbers)} {_budget(numbers)}".strip(),
         f"{_cost(numbers)} `{command}` writes this page and runs what is missing. All numbers: "
@@ -137,6 +156,19 @@ def answer_markdown(numbers: Numbers, command: str) -> str:
     if any("delta" in claim for claim in numbers["claims"]):
         lines.append(f"![Intervals of the claims]({numbers['name']}.png)")
     return "\n\n".join(lines) + "\n"
+
+
+def _legend(claims: Sequence[Numbers]) -> str:
+    """What the metrics of the claims are, and that several claims are not one test."""
+    told = {claim["metric"]: f"`{claim['metric']}` ({claim['unit']}): {claim['meaning']}" for claim in claims}
+    lines = [*map(_sentence, told.values())]
+    if len(claims) > 1:
+        lines.append(f"The {len(claims)} rules are not corrected for multiple comparisons.")
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _sentence(text: str) -> str:
+    return text if text.endswith(".") else f"{text}."
 
 
 def rule_words(claim: Numbers) -> str:
@@ -163,14 +195,33 @@ def _values(claim: Numbers) -> str:
 
 
 def _what_ran(numbers: Numbers) -> str:
-    seeds = f"{numbers['seeds']} seeds" if numbers["seeds"] > 1 else "one seed"
-    text = (
-        f"Profile `{numbers['profile']}`, commit `{numbers['commit'][:12]}`, {numbers['n_images']} val images, {seeds}."
+    return (
+        f"Profile `{numbers['profile']}`, commit `{numbers['commit'][:12]}`. {seeds_sentence(numbers)}"
+        f"{_left_out(numbers)}"
     )
-    if numbers["seeds"] == 1 and numbers["seed_keys"]:
-        text += " With one seed the interval does not include training noise."
-    if left_out := numbers.get("left_out"):  # a page of an earlier version does not say
-        text += f" Arms left out: {', '.join(f'`{arm}`' for arm in left_out)}."
+
+
+def seeds_sentence(numbers: Numbers) -> str:
+    """What was repeated, and so what the intervals contain."""
+    seeds, keys, planned = numbers["seeds"], numbers["seed_keys"], numbers.get("planned_seeds", numbers["seeds"])
+    if numbers["budget"] == "decoding":
+        return "One checkpoint: the intervals contain the variation of the images, not that of training."
+    text = f"{seeds} seed{'s' if seeds > 1 else ''}" + (f" of {planned} planned" if planned > seeds else "")
+    text += f", varying {' and '.join(f'`{key}`' for key in keys)}"
+    if keys == ["stage2.seed"]:
+        text += ": the intervals are given one checkpoint of stage 1"
+    if seeds < FEWEST_SEEDS and numbers["claims"]:
+        text += f"; no rule about training is decided by fewer than {FEWEST_SEEDS} seeds"
+    return f"{text}."
+
+
+def _left_out(numbers: Numbers) -> str:
+    """The arms and rules that the call left out; a page of an earlier version does not say."""
+    text = ""
+    if arms := numbers.get("left_out"):
+        text += f" Arms left out: {', '.join(f'`{arm}`' for arm in arms)}."
+    if claims := numbers.get("left_out_claims"):
+        text += f" Claims left out with them: {'; '.join(map(escape, claims))}."
     return text
 
 
@@ -179,23 +230,31 @@ def _budget(numbers: Numbers) -> str:
     budget, words = numbers["budget"], BUDGETS[numbers["budget"]].capitalize()
     if budget not in ("tokens", "compute"):
         return f"{words}." if budget == "decoding" else ""
-    means = pd.DataFrame(numbers["runs"]).groupby("arm")[budget].mean()
-    pairs = {(claim["arm"], claim["baseline"]) for claim in numbers["claims"]}
-    unlike = [
-        f"`{arm}` took {means[arm] / means[baseline]:.2f} times that of `{baseline}`"
-        for arm, baseline in sorted(pairs)
-        if baseline in means and means[baseline] and abs(means[arm] / means[baseline] - 1) > ALIKE
-    ]
-    return words + (f"; but {', '.join(unlike)}." if unlike else ".")
+    runs = pd.DataFrame(numbers["runs"])
+    means = runs.groupby("arm")[budget].mean()
+    controls = runs.groupby("arm")["control"].mean() if "control" in runs else {}
+    pairs = {(c["arm"], c["baseline"]) for c in numbers["claims"] if not continues(numbers["arms"], c)}
+    unlike = []
+    for arm, baseline in sorted(pairs):
+        spent = controls.get(arm) if baseline == "stage1-control" else means.get(baseline)
+        if spent and abs(means[arm] / spent - 1) > ALIKE:
+            unlike.append(f"`{arm}` took {means[arm] / spent:.2f} times that of `{baseline}`")
+    return words + (f", but {', '.join(unlike)}." if unlike else ".")
+
+
+def continues(arms: Numbers, compared: Numbers) -> bool:
+    """Whether one side continues the other, stage 1, so that their budgets cannot be equal."""
+    stages = [arms[side]["checkpoint"] if side in arms else side for side in (compared["arm"], compared["baseline"])]
+    return "stage1" in stages and stages[0] != stages[1]
 
 
 def _cost(numbers: Numbers) -> str:
     runs = {run["experiment"]: run["seconds"] for run in numbers["runs"]}
-    known = [seconds for seconds in runs.values() if seconds]
+    own = [seconds for name, seconds in runs.items() if seconds and name.startswith(f"ab-{numbers['name']}-")]
     words = f"{len(runs)} run{'s' if len(runs) > 1 else ''}"
-    if not known:
-        return f"{words}, from the repository or the cache."
-    return f"{words}; {len(known)} of them were trained here, in {sum(known) / 60:.0f} minutes."
+    if not own:
+        return f"{words}, from the repository, other questions or the cache."
+    return f"{words}; {len(own)} of them were trained for this page, {np.median(own) / 60:.1f} min each (median)."
 
 
 def draw_claims(claims: Sequence[Numbers], path: Path) -> None:
@@ -207,9 +266,11 @@ def draw_claims(claims: Sequence[Numbers], path: Path) -> None:
     by_metric: dict[str, list[Numbers]] = {}
     for claim in shown:
         by_metric.setdefault(claim["metric"], []).append(claim)
-    heights = [0.5 + 0.28 * len(group) for group in by_metric.values()]
+    labels = {metric: [_row_label(claim) for claim in group] for metric, group in by_metric.items()}
+    lines = {metric: max(label.count("\n") + 1 for label in group) for metric, group in labels.items()}
+    heights = [0.5 + (0.12 + 0.14 * lines[metric]) * len(group) for metric, group in by_metric.items()]
     with figure_style():
-        figure = new_figure(WIDTH_IN, 0.6 + sum(heights))
+        figure = new_figure(WIDTH_IN, 0.6 + sum(heights), COARSE_DPI)
         panels = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
         for ax, (metric, group) in zip(panels, by_metric.items(), strict=True):
             delta, lo, hi = (np.array([claim[name] for claim in group]) for name in ("delta", "lo", "hi"))
@@ -217,11 +278,18 @@ def draw_claims(claims: Sequence[Numbers], path: Path) -> None:
             ax.errorbar(delta, rows, xerr=[np.maximum(0, delta - lo), np.maximum(0, hi - delta)],
                         color="#0072B2", marker="o", markersize=4, linestyle="", elinewidth=1.6)  # fmt: skip
             for row, claim in zip(rows, group, strict=True):
-                ax.axvspan(-claim["margin"], claim["margin"], color="#BBBBBB", alpha=0.3 if claim["margin"] else 0.0)
+                if margin := claim["margin"]:  # of this row alone
+                    ax.fill_betweenx([row - 0.4, row + 0.4], -margin, margin, color="#BBBBBB", alpha=0.3, linewidth=0)
                 ax.annotate(SHORT.get(claim["judgement"], claim["judgement"]), (1.01, row), fontsize=8, va="center",
                             xycoords=("axes fraction", "data"))  # fmt: skip
             ax.axvline(0, color=INK, linewidth=0.8)
-            ax.set_yticks(rows, [f"{c['arm']} - {c['baseline'] or format(c['than'], 'g')}" for c in group])
+            ax.set_yticks(rows, labels[metric], fontsize=8)
             ax.set_ylim(len(group) - 0.5, -0.5)
-            ax.set_xlabel(f"{metric}, 95 % interval")
-        save_figure(figure, path)
+            ax.set_xlabel(f"difference in {metric} ({group[0]['unit']}), 95 % interval")
+        save_figure(figure, path, COLOURS_KEPT)
+
+
+def _row_label(claim: Numbers) -> str:
+    """The claim, which the word at the right answers, and the difference that is drawn."""
+    sides = f"{claim['arm']} - {claim['baseline'] or format(claim['than'], 'g')}"
+    return "\n".join([*wrap(printable(claim["text"]), 46), f"({sides})"])

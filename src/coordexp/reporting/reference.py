@@ -81,7 +81,9 @@ each reruns whose inputs changed. `decode` stands for `decode@base` to `decode@s
 
 _UNASKED = """\
 Every other key of `params.yaml`, and every choice of a key with choices, is in an arm of a question of
-`configs/questions/` (`coordexp answer --list`)."""
+`configs/questions/` (`coordexp answer --list`). The start of a schedule (`anneal.temperature_from`,
+`stage2.gate_from`, `stage2.lambda_sem_from`) acts only while its fraction is above 0: the arm that sets the fraction
+tries it at its value."""
 
 _TERMS = """\
 In the order of the loss, which is the sum of weight * (sum over slots or boxes) / (their count in the whole step). A

@@ -25,6 +25,7 @@ from coordexp.infra.printable import printable_lines
 GREEN, RED, INK, FAINT = "#009E73", "#D62728", "#333333", "#BBBBBB"
 WIDTH_IN = 6.8
 _DPI = 200  # twice what a screen shows of a figure of this width
+COARSE_DPI = 110  # of figures that git keeps by the dozen
 _RC: dict[str, Any] = {
     "axes.axisbelow": True,
     "axes.grid": True,
