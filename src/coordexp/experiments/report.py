@@ -128,7 +128,8 @@ def verdict_sentence(row: Numbers, numbers: Numbers) -> str:
 def _unlike_tokens(row: Numbers, numbers: Numbers) -> str:
     """A remark if the two sides trained on different numbers of tokens."""
     tokens = pd.DataFrame(numbers["runs"]).groupby("arm")["tokens"].mean()
-    if row["baseline"] not in tokens or not tokens[row["baseline"]] or continues(numbers["arms"], row):
+    arms = numbers.get("arms", {})  # `coordexp run` compares one checkpoint of two runs
+    if row["baseline"] not in tokens or not tokens[row["baseline"]] or continues(arms, row):
         return ""
     ratio = tokens[row["arm"]] / tokens[row["baseline"]]
     return f". It trained on {ratio:.2f} times the tokens" if abs(ratio - 1) > ALIKE else ""
