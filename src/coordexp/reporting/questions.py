@@ -285,6 +285,7 @@ def draw_claims(claims: Sequence[Numbers], path: Path) -> None:
             ax.axvline(0, color=INK, linewidth=0.8)
             ax.set_yticks(rows, labels[metric], fontsize=8)
             ax.set_ylim(len(group) - 0.5, -0.5)
+            ax.locator_params(axis="x", nbins=6)  # labels such as -0.025 would touch
             ax.set_xlabel(f"difference in {metric} ({group[0]['unit']}), 95 % interval")
         save_figure(figure, path, COLOURS_KEPT)
 
