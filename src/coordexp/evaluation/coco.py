@@ -63,11 +63,10 @@ def coco_ap(table: DetectionTable, backend: Backend | None = None) -> CocoResult
     backend, reason = (backend, "asked for") if backend else _choose_backend(table)
     evaluator = _run(table, _library(backend))
     stats = dict(zip(STAT_NAMES, (float(value) for value in evaluator.stats[:12]), strict=True))
-    precision, recall = (np.asarray(evaluator.eval[name]) for name in ("precision", "recall"))
     return CocoResult(
         stats={name: None if value < 0 else value for name, value in stats.items()},
-        precision_TRKAM=_all_categories(precision, 2, table),
-        recall_TKAM=_all_categories(recall, 1, table),
+        precision_TRKAM=_all_categories(evaluator.eval["precision"], 2, table),
+        recall_TKAM=_all_categories(evaluator.eval["recall"], 1, table),
         backend=backend,
         reason=reason,
     )
@@ -102,19 +101,16 @@ def _run(table: DetectionTable, library: tuple[type, type]) -> Any:
         evaluator = evaluator_type(truth, detections, iouType="bbox")
         set_area_ranges(evaluator)
         # The others have no precision or recall, and every pair of an image and a category costs time.
-        ids = np.array([category.id for category in table.index.categories])
-        evaluator.params.catIds = ids[_with_objects(table)].tolist()
+        evaluator.params.catIds = [table.index.categories[row].id for row in _annotated_rows(table)]
         evaluator.evaluate()
         evaluator.accumulate()
         evaluator.summarize()
     return evaluator
 
 
-def _with_objects(table: DetectionTable) -> Ints:
-    """The rows of the categories that have an annotation, in order of their ids, as both libraries sort them."""
-    rows = np.unique(table.gt_category_G)
-    ids = np.array([category.id for category in table.index.categories])
-    return rows[np.argsort(ids[rows], kind="stable")]
+def _annotated_rows(table: DetectionTable) -> Ints:
+    """The rows of the categories that have an annotation: in order of their ids, as both libraries sort them."""
+    return np.unique(table.gt_category_G)
 
 
 def _all_categories(values: Floats, axis: int, table: DetectionTable) -> Floats:
@@ -122,7 +118,7 @@ def _all_categories(values: Floats, axis: int, table: DetectionTable) -> Floats:
     shape = [*values.shape]
     shape[axis] = len(table.index)
     whole = np.full(shape, -1.0)
-    np.moveaxis(whole, axis, 0)[_with_objects(table)] = np.moveaxis(values, axis, 0)
+    np.moveaxis(whole, axis, 0)[_annotated_rows(table)] = np.moveaxis(values, axis, 0)
     return whole
 
 

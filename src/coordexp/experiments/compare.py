@@ -14,15 +14,13 @@ from typing import Any
 import pandas as pd
 
 from coordexp.config.paths import RUN_METADATA, TRAIN_LOG, ProfilePaths
-from coordexp.config.question import METRICS, TRAINED, Claim, Question, Trained
+from coordexp.config.question import METRICS, TRAINED, Claim, Question
 from coordexp.evaluation.comparison import Reading, reading, reading_effect
 from coordexp.evaluation.effect import FEWEST_SEEDS, LEVEL, Effect, Verdict
 from coordexp.evaluation.evaluator import Evaluation, rounded
-from coordexp.evaluation.measures import MEASURES
-from coordexp.evaluation.protocol import STANDARD
-from coordexp.evaluation.registry import metric_specs, view
+from coordexp.evaluation.registry import view
 from coordexp.experiments.dependencies import Present
-from coordexp.experiments.plan import Plan, plan_study
+from coordexp.experiments.plan import Plan, claim_metrics, plan_study
 from coordexp.experiments.progress import total
 from coordexp.experiments.readings import READINGS, RunFiles
 from coordexp.experiments.report import PANELS
@@ -64,7 +62,6 @@ DIAGNOSTICS = (
     *("coord_diag/p_gt_mean", "coord_diag/acc_top5", "coord_diag/coord_vocab_mass_mean", "raw/gate"),
     "coord_diag/expected_bin_abs_err_p90",
 )
-CONTROL: Trained = "stage1-control"
 Told = Callable[[Mapping[str, Any], Mapping[str, Sequence[Run]]], None]  # receives numbers and runs after each seed
 
 
@@ -178,6 +175,7 @@ def run_arm(repository: Repository, prepared: Prepared, arm: str, seed: int, nam
     if "stage2" in stages:
         cost["rollout_tokens"] = rollout_tokens(repository, revision, plan.profile)
     files = RunFiles(repository, revision, params, plan.profiles[arm], draws)
+    compares_control = plan.compares_control(arm)
     return Run(
         experiment=experiment.name,
         evaluations={
@@ -187,7 +185,7 @@ def run_arm(repository: Repository, prepared: Prepared, arm: str, seed: int, nam
         seconds=sum(measured[stage] for stage in stages) if {*stages} <= measured.keys() else None,
         tokens=tokens,
         compute=control_tokens(cost, "compute"),
-        control=tokens_trained(repository, revision, plan.profile, CONTROL) if plan.compares_control(arm) else None,
+        control=tokens_trained(repository, revision, plan.profile, "stage1-control") if compares_control else None,
         readings={(of, key): READINGS[key].read(files, of) for of, key in _run_keys(plan.study, arm)},
     )
 
@@ -253,7 +251,7 @@ def _judged_claim(study: Question, runs: Runs, name: str, claim: Claim) -> dict[
 
 def _about(key: str) -> dict[str, str]:
     """The meaning and unit of a metric, measure or reading, and the images that it is of."""
-    spec = READINGS.get(key) or MEASURES.get(key) or metric_specs(STANDARD, vocabulary=True)[key]
+    spec = claim_metrics()[key]
     return {"meaning": spec.meaning, "unit": spec.unit, "split": READINGS[key].split if key in READINGS else "val"}
 
 
@@ -315,8 +313,8 @@ def _read(plan: Plan, arm: str) -> tuple[str, ...]:
     paths, checkpoint = ProfilePaths(plan.profile), plan.study.arms[arm].checkpoint
     answers = [answers_path(paths, name) for name in plan.study.checkpoints(arm)]
     stages = plan.trained(checkpoint)
-    read = [*stages, *([CONTROL] if plan.compares_control(arm) and CONTROL not in stages else [])]
-    taken = [(paths.run(stage) / RUN_METADATA).as_posix() for stage in read]
+    counted = dict.fromkeys((*stages, *(("stage1-control",) if plan.compares_control(arm) else ())))
+    taken = [(paths.run(stage) / RUN_METADATA).as_posix() for stage in counted]
     taken += [compute_path(paths)] if "stage2" in stages else []
     more = [path for of, key in _run_keys(plan.study, arm) for path in READINGS[key].paths(paths, of)]
     return (*answers, categories_path(paths), _log(plan, arm), *taken, *dict.fromkeys(more))

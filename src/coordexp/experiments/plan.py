@@ -18,11 +18,11 @@ from coordexp.config.profile import Profile
 from coordexp.config.question import Arm, Question, Trained
 from coordexp.config.schema import Params
 from coordexp.errors import ConfigError, closest
-from coordexp.evaluation.measures import MEASURES
+from coordexp.evaluation.measures import MEASURES, Measure
 from coordexp.evaluation.protocol import STANDARD
-from coordexp.evaluation.registry import metric_specs
+from coordexp.evaluation.registry import MetricSpec, metric_specs
 from coordexp.experiments.dependencies import ParameterFiles
-from coordexp.experiments.readings import READINGS
+from coordexp.experiments.readings import READINGS, RunReading
 from coordexp.inputs import PARAMS_FILE, PROFILE_FILE, declarations
 
 AS_COMMITTED = "as in params.yaml"
@@ -114,9 +114,14 @@ def plan_study(study: Question, root: Path) -> Plan:
     return Plan(study, files.profile_name, settings, params, profiles, repeated)
 
 
+def claim_metrics() -> dict[str, MetricSpec | Measure | RunReading]:
+    """What a claim may compare, by key: metrics, measures and readings."""
+    return {**metric_specs(STANDARD, vocabulary=True), **MEASURES, **READINGS}
+
+
 def _check_metrics(study: Question) -> None:
     """Raise ConfigError if a claim uses an unknown metric."""
-    known = [*metric_specs(STANDARD, vocabulary=True), *MEASURES, *READINGS]
+    known = [*claim_metrics()]
     for name, claim in study.claims.items():
         if claim.metric not in known:
             raise ConfigError(

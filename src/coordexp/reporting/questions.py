@@ -160,15 +160,11 @@ def answer_markdown(numbers: Numbers, command: str) -> str:
 
 def _legend(claims: Sequence[Numbers]) -> str:
     """What the metrics of the claims are, and that several claims are not one test."""
-    told = {claim["metric"]: f"`{claim['metric']}` ({claim['unit']}): {claim['meaning']}" for claim in claims}
-    lines = [*map(_sentence, told.values())]
+    told = {claim["metric"]: f"`{claim['metric']}` ({claim['unit']}): {claim['meaning']}." for claim in claims}
+    lines = [*told.values()]
     if len(claims) > 1:
         lines.append(f"The {len(claims)} rules are not corrected for multiple comparisons.")
     return "\n".join(f"- {line}" for line in lines)
-
-
-def _sentence(text: str) -> str:
-    return text if text.endswith(".") else f"{text}."
 
 
 def rule_words(claim: Numbers) -> str:
