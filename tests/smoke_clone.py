@@ -83,6 +83,13 @@ class Clone:
         shutil.copytree(self.home, folder / "home", symlinks=True, ignore=shutil.ignore_patterns("dvc"))
         return replace(self, root=folder / "clone", home=folder / "home")
 
+    def without_experiments(self) -> Clone:
+        """The clone itself, back at the commit; the run cache keeps the stages, so that they take no time again."""
+        self.succeed("dvc", "exp", "remove", "--all-commits")
+        self.succeed("git", "checkout", "--quiet", "--force", "HEAD")
+        self.succeed("dvc", "checkout", "--quiet", "--force")
+        return self
+
 
 def _copied(source: str, target: str) -> None:
     """Share the files of the DVC cache, which are never modified; copy all others with their times."""

@@ -33,11 +33,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import pytest
 
-# Not pyarrow, nor pandas, which imports it: it starts a thread, and a fork would be without it. Of matplotlib only the
-# slowest part, pyparsing: matplotlib itself reads files of HOME.
+# Of what matplotlib reads in HOME, there is nothing in the tests' home folders.
 LIBRARIES = (
     *("torch", "torch.distributed.fsdp", "torch.distributed.launcher.api", "torch._dynamo", "numpy", "scipy.optimize"),
-    *("PIL.Image", "pydantic", "ruamel.yaml", "jinja2", "safetensors.torch", "tokenizers", "transformers", "pyparsing"),
+    *("PIL.Image", "pydantic", "ruamel.yaml", "jinja2", "safetensors.torch", "tokenizers", "transformers"),
+    *("pydantic.main", "pydantic.dataclasses", "pyarrow.dataset", "pandas", "matplotlib.figure", "networkx", "hydra"),
     *(
         "transformers.models.qwen3_vl.modeling_qwen3_vl",
         "dvc.cli.parser",
@@ -45,7 +45,7 @@ LIBRARIES = (
         "dvc.stage.loader",
         "dvc.fs.data",
     ),
-    *("dvc.repo.experiments.queue.tempdir", "dvc.repo.experiments.queue.workspace"),
+    *("dvc.repo.experiments.queue.tempdir", "dvc.repo.experiments.queue.celery"),
 )
 # What no library reads when it is imported, by name or beginning.
 FREE = ("HOME", "PWD", "OLDPWD", "SHLVL", "_", "PATH", "PYTHONPATH", "PYTHONUNBUFFERED", "COLUMNS", "LINES")
@@ -168,6 +168,7 @@ def serve(place: str, until: int, libraries: Sequence[str]) -> None:
     import importlib
 
     gc.disable()
+    os.environ["JE_ARROW_MALLOC_CONF"] = "background_thread:false"  # or pyarrow starts a thread; no program sees it
     for name in libraries:
         importlib.import_module(name)
     gc.freeze()

@@ -31,6 +31,19 @@ def reproduced(finished: Clone) -> str:
     return (finished.root.parent / "output").read_text(encoding="utf-8")
 
 
+@pytest.fixture(scope="session")
+def experimented(finished: Clone, tmp_path_factory: pytest.TempPathFactory) -> Clone:
+    """A clone after `dvc exp run` with another weight of stage 2; tests must not change it."""
+
+    def make(folder: Path) -> None:
+        clone = finished.copy(folder)
+        output = clone.succeed("dvc", "exp", "run", "--set-param", "softce_weight=0.2")
+        (folder / "output").write_text(output, encoding="utf-8")
+
+    folder = made_once(run_folder(tmp_path_factory) / "experimented", make)
+    return Clone(folder / "clone", folder / "home", finished.warm)
+
+
 @pytest.fixture
 def clone(finished: Clone, tmp_path: Path) -> Clone:
     """A clone in which the graph has run."""

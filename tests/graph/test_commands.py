@@ -108,9 +108,10 @@ def test_commands_are_in_fences() -> None:
 
 
 @pytest.fixture(scope="module")
-def reader(finished: Clone, tmp_path_factory: pytest.TempPathFactory) -> Clone:
+def reader(experimented: Clone, tmp_path_factory: pytest.TempPathFactory) -> Clone:
     """A clone that has a git remote, for what a reader of the documents does to it."""
-    copy, bare = finished.copy(tmp_path_factory.mktemp("reader")), tmp_path_factory.mktemp("git") / "bare.git"
+    copy = experimented.copy(tmp_path_factory.mktemp("reader")).without_experiments()
+    bare = tmp_path_factory.mktemp("git") / "bare.git"
     copy.succeed("git", "init", "--quiet", "--bare", "--initial-branch", "main", str(bare))
     copy.succeed("git", "remote", "add", "origin", str(bare))
     copy.succeed("git", "push", "--quiet", "--set-upstream", "origin", "main")

@@ -45,14 +45,13 @@ def test_a_second_run_changes_nothing(clone: Clone) -> None:
     assert clone.run("dvc", "status", "--quiet").returncode == 0
 
 
-def test_a_stage_2_weight_does_not_retrain_stage_1(clone: Clone) -> None:
-    before = read_yaml(clone.root / "dvc.lock")["stages"]
-    output = clone.succeed("dvc", "exp", "run", "--set-param", "softce_weight=0.2")
+def test_a_stage_2_weight_does_not_retrain_stage_1(finished: Clone, experimented: Clone) -> None:
+    output = (experimented.root.parent / "output").read_text(encoding="utf-8")
     assert ran(output) == {"check", *AFTER_STAGE_2}
-    after = read_yaml(clone.root / "dvc.lock")["stages"]
+    before, after = (read_yaml(clone.root / "dvc.lock")["stages"] for clone in (finished, experimented))
     assert {name for name in STAGES if before[name] != after[name]} == {"check", *AFTER_STAGE_2}
-    assert re.search(r"params\.yaml +softce_weight +1\.0 +0\.2", clone.succeed("dvc", "params", "diff"))
-    table = clone.succeed("dvc", "metrics", "diff", "--all")
+    assert re.search(r"params\.yaml +softce_weight +1\.0 +0\.2", experimented.succeed("dvc", "params", "diff"))
+    table = experimented.succeed("dvc", "metrics", "diff", "--all")
     assert len(table.strip().splitlines()) <= 1 + 15
     assert re.search(r"reports/smoke/headline\.json +stage2\.eval\.", table)
 
@@ -100,8 +99,9 @@ def test_a_stage_started_past_check_refuses_other_parameters(clone: Clone) -> No
     assert "inputs/smoke/report.json: eval.mapping is 'normalised' in this file, but now it is 'exact'." in done.stdout
 
 
-def test_an_ab_test_runs_in_one_command_and_reuses_results(clone: Clone) -> None:
-    """One of the runs is that of the commit."""
+def test_an_ab_test_runs_in_one_command_and_reuses_results(experimented: Clone, tmp_path: Path) -> None:
+    """One of the runs is that of the commit, and DVC has the stages of another one."""
+    clone = experimented.copy(tmp_path).without_experiments()
     command = ("-m", "coordexp.cli", "ab", "-S", "softce_weight=1.0,0.2", "--seeds", "2", "--name", "softce")
     first = clone.succeed("env", "PYTHONPATH=src", "python", *command)
     assert "`softce_weight=0.2` against `softce_weight=1.0`:" in first
