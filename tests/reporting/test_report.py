@@ -28,8 +28,8 @@ from coordexp.reporting.decision import DIFFERENCES, EXAMPLES, MAX_BYTES, MAX_FI
 from coordexp.reporting.inputs import TRAINED, Baseline, ReportInputs
 from coordexp.reporting.method import METHOD
 from coordexp.reporting.questions import ANSWERS
-from coordexp.reporting.report import DETAILS, FOLDERS, PAGE, SUBJECTS, build_report
-from reporting.synthetic import changed, everything_said, write_json, write_record
+from coordexp.reporting.report import DETAILS, FOLDERS, PAGE, SUBJECTS, Content, build_report
+from reporting.synthetic import changed, write_json, write_record
 
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 
@@ -174,12 +174,10 @@ def test_figures_are_small(report: Path) -> None:
         assert path.stat().st_size <= 150_000, path.name
 
 
-def test_the_first_line_of_an_experiment_gives_its_change_and_the_command(
-    inputs: ReportInputs, report: Path, tmp_path: Path
-) -> None:
+def test_the_first_line_of_an_experiment_gives_its_change_and_the_command(inputs: ReportInputs, report: Path) -> None:
     settings = changed(inputs.run.params, softce_weight=0.25).model_dump()
     baseline = Baseline("0123456789abcdef", "heavy-coat", settings)
-    lines = build_report(dataclasses.replace(inputs, baseline=baseline), tmp_path).read_text("utf-8").splitlines()
+    lines = Content.of(dataclasses.replace(inputs, baseline=baseline)).texts()[PAGE].splitlines()
     assert lines[0].startswith("**Experiment heavy-coat on 0123456**: `softce_weight` 0.25 -> 1.")
     assert "`coordexp compare 0123456 heavy-coat`" in lines[0]
     assert lines[2:] == report.read_text(encoding="utf-8").splitlines()
@@ -242,13 +240,12 @@ class TestRefusals:
 
 
 def test_published_numbers_are_shown_only_with_the_data_they_cover(
-    inputs: ReportInputs, text: str, tmp_path: Path, metrics: dict[str, Any]
+    inputs: ReportInputs, text: str, metrics: dict[str, Any]
 ) -> None:
     assert "Rex-Omni" not in text
     source = inputs.run.profile.source.model_copy(update={"kind": "datasets"})
     run = dataclasses.replace(inputs.run, profile=changed(inputs.run.profile, source=source))
-    build_report(dataclasses.replace(inputs, run=run), tmp_path)
-    text = everything_said(tmp_path / PAGE)
+    text = "\n".join(Content.of(dataclasses.replace(inputs, run=run)).texts().values())
     ours = metrics["stage2"]["eval"]
     rows = [row for row in rows_of(text, "system") if row[0] == "**this run, stage2**"]
     by_protocol = {row[4]: row for row in rows[:2]}

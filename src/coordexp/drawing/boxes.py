@@ -209,23 +209,25 @@ def place_label(
     label: then it is the free spot nearest to the box, if there is one.
     """
     w, h = label_wh
+    placed_P4, boxes_N4 = (np.array(rects, dtype=np.float64).reshape(-1, 4) for rects in (placed, boxes))
 
-    def inside(left: float, top: float) -> Rect:
-        left, top = max(0.0, min(left, size[0] - w)), max(0.0, min(top, size[1] - h))
-        return left, top, left + w, top + h
+    def inside(corners_S2: NDArray) -> NDArray:
+        corners_S2 = np.maximum(0.0, np.minimum(corners_S2, (size[0] - w, size[1] - h)))
+        return np.hstack([corners_S2, corners_S2 + label_wh])
 
-    def hidden(spot: Rect) -> float:
-        return sum(_overlap(spot, other) for other in placed)
+    def cost(spots_S4: NDArray) -> NDArray:
+        return 20 * _covered(spots_S4, placed_P4) + _covered(spots_S4, boxes_N4)
 
-    def cost(spot: Rect) -> float:
-        return 20 * hidden(spot) + sum(_overlap(spot, other) for other in boxes)
-
-    best = min((inside(*corner) for corner in _spots_at(box, w, h)), key=cost)
-    if not hidden(best):
-        return best
-    tops, lefts = np.arange(0, max(1, size[1] - h), h / 2), np.arange(0, max(1, size[0] - w), w / 4)
-    free = [spot for top in tops.tolist() for left in lefts.tolist() if not hidden(spot := inside(left, top))]
-    return min(free, key=lambda spot: (_gap(spot, box), cost(spot)), default=best)
+    spots_S4 = inside(np.array(_spots_at(box, w, h)))
+    best_4 = spots_S4[np.argmin(cost(spots_S4))]
+    if _covered(best_4[None], placed_P4)[0]:
+        tops, lefts = np.arange(0, max(1, size[1] - h), h / 2), np.arange(0, max(1, size[0] - w), w / 4)
+        grid_S4 = inside(np.stack(np.meshgrid(lefts, tops), axis=-1).reshape(-1, 2))
+        free_S4 = grid_S4[_covered(grid_S4, placed_P4) == 0]
+        if len(free_S4):
+            best_4 = free_S4[np.lexsort((cost(free_S4), _gaps(free_S4, box)))[0]]
+    left, top, right, bottom = best_4.tolist()
+    return left, top, right, bottom
 
 
 def _spots_at(box: Rect, w: float, h: float) -> list[Point]:
@@ -236,10 +238,14 @@ def _spots_at(box: Rect, w: float, h: float) -> list[Point]:
     return spots + [(x, y) for x in (x2, x1 - w) for y in along_y]
 
 
-def _gap(a: Rect, b: Rect) -> float:
-    """Distance of two rectangles along the axes, 0 if they touch."""
-    return max(0.0, a[0] - b[2], b[0] - a[2]) + max(0.0, a[1] - b[3], b[1] - a[3])
+def _gaps(spots_S4: NDArray, box: Rect) -> NDArray:
+    """Distance (S,) of each spot to the box along the axes, 0 if they touch."""
+    apart_S2 = np.maximum(0.0, np.maximum(spots_S4[:, :2] - box[2:], np.array(box[:2]) - spots_S4[:, 2:]))
+    return apart_S2.sum(axis=1)
 
 
-def _overlap(a: Rect, b: Rect) -> float:
-    return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
+def _covered(spots_S4: NDArray, rects_R4: NDArray) -> NDArray:
+    """The area (S,) of all rectangles that each spot covers, in px^2."""
+    ends_RS2 = np.minimum(spots_S4[None, :, 2:], rects_R4[:, None, 2:])
+    starts_RS2 = np.maximum(spots_S4[None, :, :2], rects_R4[:, None, :2])
+    return np.maximum(0.0, ends_RS2 - starts_RS2).prod(axis=-1).sum(axis=0)

@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 
 from coordexp.config.paths import RUN_METADATA, TRAIN_LOG, ProfilePaths
-from coordexp.config.question import METRICS, TRAINED, Claim, Question
+from coordexp.config.question import METRICS, TRAINED, Claim, Question, Trained
 from coordexp.evaluation.comparison import Reading, reading, reading_effect
 from coordexp.evaluation.effect import FEWEST_SEEDS, LEVEL, Effect, Verdict
 from coordexp.evaluation.evaluator import Evaluation, rounded
@@ -170,7 +170,7 @@ def run_arm(repository: Repository, prepared: Prepared, arm: str, seed: int, nam
     revision, checkpoint, params = experiment.revision, plan.study.arms[arm].checkpoint, plan.params[arm]
     stages, measured = plan.trained(checkpoint), repository.seconds(experiment.revision)
     draws = repository.params(prepared.start.revision)
-    tokens = sum(tokens_trained(repository, revision, plan.profile, stage) for stage in stages)
+    tokens = _tokens(repository, plan, revision, checkpoint)
     cost = {"tokens": tokens, "rollout_tokens": 0}
     if "stage2" in stages:
         cost["rollout_tokens"] = rollout_tokens(repository, revision, plan.profile)
@@ -185,9 +185,14 @@ def run_arm(repository: Repository, prepared: Prepared, arm: str, seed: int, nam
         seconds=sum(measured[stage] for stage in stages) if {*stages} <= measured.keys() else None,
         tokens=tokens,
         compute=control_tokens(cost, "compute"),
-        control=tokens_trained(repository, revision, plan.profile, "stage1-control") if compares_control else None,
+        control=_tokens(repository, plan, revision, "stage1-control") if compares_control else None,
         readings={(of, key): READINGS[key].read(files, of) for of, key in _run_keys(plan.study, arm)},
     )
+
+
+def _tokens(repository: Repository, plan: Plan, revision: str, checkpoint: Trained) -> int:
+    """The tokens of all training that a checkpoint comes from and that is repeated."""
+    return sum(tokens_trained(repository, revision, plan.profile, stage) for stage in plan.trained(checkpoint))
 
 
 def judge(study: Question, runs: Runs) -> dict[str, Any]:

@@ -250,7 +250,9 @@ def _cost(numbers: Numbers) -> str:
     words = f"{len(runs)} run{'s' if len(runs) > 1 else ''}"
     if not own:
         return f"{words}, from the repository, other questions or the cache."
-    return f"{words}; {len(own)} of them were trained for this page, {np.median(own) / 60:.1f} min each (median)."
+    return (
+        f"{words}; {len(own)} of them were trained in full for this page, {np.median(own) / 60:.1f} min each (median)."
+    )
 
 
 def draw_claims(claims: Sequence[Numbers], path: Path) -> None:

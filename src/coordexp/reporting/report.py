@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from coordexp.reporting.answers import (
     suggestions,
     suggestions_table,
 )
-from coordexp.reporting.asked import ASKED, choose_asked, write_asked
+from coordexp.reporting.asked import ASKED, Asked, choose_asked, write_asked
 from coordexp.reporting.checklist import checklist_table, run_checks
 from coordexp.reporting.decision import (
     EXAMPLES,
@@ -56,7 +57,7 @@ from coordexp.reporting.gallery import (
 )
 from coordexp.reporting.inputs import Baseline, ReportData, ReportInputs, load_report_data, metric, required
 from coordexp.reporting.markdown import counted, escape, number, percent, table
-from coordexp.reporting.method import METHOD, choose_method, write_method
+from coordexp.reporting.method import METHOD, Method, choose_method, write_method
 from coordexp.reporting.monitor import (
     checkpoint_counts_table,
     monitor_sentence,
@@ -92,33 +93,70 @@ def build_report(inputs: ReportInputs, out_dir: Path) -> Path:
     Raises:
         DataError: a file, a checkpoint or a metric is missing; nothing is written then.
     """
-    data = load_report_data(inputs)
-    params, profile = inputs.run.params, inputs.run.profile
-    outcomes = {name: judge(results, data.categories, data.settings) for name, results in data.results.items()}
-    dup_key = f"dup_pairs_{iou_key(min(data.settings.duplicate_ious))}"
-    picks = choose_images(data.per_image, dup_key, profile.report.gallery_images, params.seed)
-    image_names(picks, outcomes, inputs.image_root)  # fails before anything is written
-    strips = choose_strips(outcomes[SHOWN])
-    asked = choose_asked(data.probes, data.categories, params.seed)
-    method = choose_method(outcomes[SHOWN], data.distributions, params.matching, params.seed)
-    context = _context(inputs, data, outcomes, picks, strips, dup_key)
-    context["method_file"] = METHOD if method else ""
-    context |= {"asked": [kind.caption for kind in asked], "asked_file": ASKED if any(k.shown for k in asked) else ""}
-    texts = {name: _render(name, context) for name in (*(f"{DETAILS}/{subject}.md" for subject in SUBJECTS), PAGE)}
+    content = Content.of(inputs)
+    texts = content.texts()
     for folder in FOLDERS:  # remove the figures of an older report
         shutil.rmtree(out_dir / folder, ignore_errors=True)
-    write_training_figures(data.logs, params, out_dir / "figures")
-    write_monitor_figure(data, out_dir / "figures" / "monitor.png")
-    write_evaluation_figures(data, outcomes, out_dir / "figures")
-    write_coordinate_figures(outcomes, strips, data.distributions, inputs.image_root, out_dir / "figures")
-    write_gallery(picks, outcomes, inputs.image_root, out_dir / "gallery")
-    write_pictures(data, outcomes, picks, inputs.image_root, out_dir / "pictures")
-    write_asked(asked, inputs.image_root, out_dir / "pictures" / ASKED)
-    if method:
-        write_method(method, data.distributions, params.matching, inputs.image_root, out_dir / "pictures" / METHOD)
+    content.draw(out_dir)
     for name, text in texts.items():  # after their figures: whatever a page shows exists
         write_text(out_dir / name, text)
     return out_dir / PAGE
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """What a report says and shows, before anything is written."""
+
+    inputs: ReportInputs
+    data: ReportData
+    outcomes: Mapping[str, Outcomes]  # by checkpoint
+    dup_key: str  # the column of duplicate pairs
+    picks: list[GalleryPick]
+    strips: list[Strip]
+    asked: list[Asked]
+    method: Method | None
+
+    @classmethod
+    def of(cls, inputs: ReportInputs) -> Content:
+        """Read the inputs and choose the images.
+
+        Raises:
+            DataError: a file, a checkpoint or a metric is missing.
+        """
+        data = load_report_data(inputs)
+        params, settings = inputs.run.params, data.settings
+        outcomes = {name: judge(results, data.categories, settings) for name, results in data.results.items()}
+        dup_key = f"dup_pairs_{iou_key(min(settings.duplicate_ious))}"
+        picks = choose_images(data.per_image, dup_key, inputs.run.profile.report.gallery_images, params.seed)
+        image_names(picks, outcomes, inputs.image_root)  # fails before anything is written
+        return cls(
+            inputs=inputs,
+            data=data,
+            outcomes=outcomes,
+            dup_key=dup_key,
+            picks=picks,
+            strips=choose_strips(outcomes[SHOWN]),
+            asked=choose_asked(data.probes, data.categories, params.seed),
+            method=choose_method(outcomes[SHOWN], data.distributions, params.matching, params.seed),
+        )
+
+    def texts(self) -> dict[str, str]:
+        """All pages, by file name."""
+        context = _context(self)
+        return {name: _render(name, context) for name in (*(f"{DETAILS}/{subject}.md" for subject in SUBJECTS), PAGE)}
+
+    def draw(self, out_dir: Path) -> None:
+        """All figures and pictures that the pages show."""
+        data, outcomes, params, root = self.data, self.outcomes, self.inputs.run.params, self.inputs.image_root
+        write_training_figures(data.logs, params, out_dir / "figures")
+        write_monitor_figure(data, out_dir / "figures" / "monitor.png")
+        write_evaluation_figures(data, outcomes, out_dir / "figures")
+        write_coordinate_figures(outcomes, self.strips, data.distributions, root, out_dir / "figures")
+        write_gallery(self.picks, outcomes, root, out_dir / "gallery")
+        write_pictures(data, outcomes, self.picks, root, out_dir / "pictures")
+        write_asked(self.asked, root, out_dir / "pictures" / ASKED)
+        if self.method:
+            write_method(self.method, data.distributions, params.matching, root, out_dir / "pictures" / METHOD)
 
 
 def _render(name: str, context: Mapping[str, Any]) -> str:
@@ -130,20 +168,17 @@ def _render(name: str, context: Mapping[str, Any]) -> str:
     return environment.get_template(f"{name}.jinja").render(context)
 
 
-def _context(
-    inputs: ReportInputs,
-    data: ReportData,
-    outcomes: Mapping[str, Outcomes],
-    picks: list[GalleryPick],
-    strips: list[Strip],
-    dup_key: str,
-) -> dict[str, Any]:
-    checks, answers, asked = run_checks(data, outcomes), standing_answers(data), suggestions(data)
+def _context(content: Content) -> dict[str, Any]:
+    data, outcomes, picks, dup_key = content.data, content.outcomes, content.picks, content.dup_key
+    checks, answers, suggested = run_checks(data, outcomes), standing_answers(data), suggestions(data)
     return {
-        **_summary(data, inputs.baseline),
+        **_summary(data, content.inputs.baseline),
         **_scores(data, outcomes),
         **_behind_the_scores(data),
-        "has_strips": bool(strips),
+        "has_strips": bool(content.strips),
+        "method_file": METHOD if content.method else "",
+        "asked": [kind.caption for kind in content.asked],
+        "asked_file": ASKED if any(kind.shown for kind in content.asked) else "",
         "gallery": _gallery(data, picks, dup_key),
         "n_gallery": len(picks),
         "examples": _examples(data, picks, dup_key),
@@ -151,8 +186,8 @@ def _context(
         "checklist": checklist_table(checks),
         "standing_lines": standing_lines(answers),
         "answers": answers_table(answers),
-        "suggestions": suggestions_table(asked[:SUGGESTED]),
-        "all_suggestions": suggestions_table(asked, rules=True),
+        "suggestions": suggestions_table(suggested[:SUGGESTED]),
+        "all_suggestions": suggestions_table(suggested, rules=True),
     }
 
 
