@@ -39,7 +39,7 @@ from coordexp.records.categories import Category
 from coordexp.records.gt_vs_pred import ImageResult, read_results, write_results
 from coordexp.records.schema import Record, read_records, write_records
 from coordexp.reporting.page import page_data, render_page
-from coordexp.reporting.report import build_report
+from coordexp.reporting.report import Content
 from coordexp.stage import stage_main
 
 LIMIT = 1.2
@@ -110,12 +110,12 @@ def answers(folder: Path, n_images: int, predictions: int, objects: int | None =
 
 
 def reporting(folder: Path, n: int) -> Run:
-    """The report of n images, a few over and over; it draws as many pictures of any number."""
-    template, gallery_images = folder.with_name("template"), 4
+    """The pages of a report of n images, a few over and over; it draws as many figures and pictures of any number."""
+    template = folder.with_name("template")
     if not template.exists():
-        build_run(template, images=10, gallery_images=gallery_images)
+        build_run(template, images=10)
     copytree(template, folder, dirs_exist_ok=True)
-    inputs = synthetic_inputs(folder, gallery_images=gallery_images)
+    inputs = synthetic_inputs(folder)
     asked = inputs.run.paths.records / "val.jsonl"
     records = list(read_records(asked))
     write_records(asked, [numbered(records[i % len(records)], i + 1) for i in range(n)])
@@ -124,7 +124,7 @@ def reporting(folder: Path, n: int) -> Run:
         few = list(read_results(path))
         write_results(path, [replace(few[i % len(few)], image_id=i + 1) for i in range(n)])
     evaluate_run(inputs.run.params, inputs.run.paths)
-    return lambda: build_report(inputs, folder / "report")
+    return lambda: Content.of(inputs).texts()
 
 
 def numbered(record: Record, image_id: int) -> Record:
