@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 # Of what matplotlib reads in HOME, there is nothing in the tests' home folders.
 LIBRARIES = (
     *("torch", "torch.distributed.fsdp", "torch.distributed.launcher.api", "torch._dynamo", "numpy", "scipy.optimize"),
-    *("PIL.Image", "pydantic", "ruamel.yaml", "jinja2", "safetensors.torch", "tokenizers", "transformers"),
+    *("PIL.Image", "ruamel.yaml", "jinja2", "safetensors.torch", "tokenizers", "transformers"),
     *("pydantic.main", "pydantic.dataclasses", "pyarrow.dataset", "pandas", "matplotlib.figure", "networkx", "hydra"),
     *(
         "transformers.models.qwen3_vl.modeling_qwen3_vl",

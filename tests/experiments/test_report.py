@@ -110,33 +110,11 @@ def test_the_text_is_well_formed_and_the_figure_overlays_the_arms(tmp_path: Path
 
 
 CLAIM = {
-    **{
-        "claim": "c",
-        "text": "it is nearer",
-        "arm": "w=2",
-        "baseline": "stage1-control",
-        "expected": "higher",
-        "margin": 0.0,
-    },
-    **{
-        "metric": "coord.p_gt_mean",
-        "unit": "0..1",
-        "meaning": "probability",
-        "split": "dev",
-        "n_images": 48,
-        "than": 0.0,
-    },
-    **{
-        "values": [0.3, 0.2],
-        "delta": 0.1,
-        "lo": 0.05,
-        "hi": 0.2,
-        "judgement": "confirmed",
-        "yes": "",
-        "no": "",
-        "open": "",
-    },
-}
+    "claim": "c", "text": "it is nearer", "arm": "w=2", "baseline": "stage1-control", "expected": "higher",
+    "margin": 0.0, "metric": "coord.p_gt_mean", "unit": "0..1", "meaning": "probability", "split": "dev",
+    "n_images": 48, "than": 0.0, "values": [0.3, 0.2], "delta": 0.1, "lo": 0.05, "hi": 0.2,
+    "judgement": "confirmed", "yes": "", "no": "", "open": "",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from coordexp.records.gt_vs_pred import GroundTruth, ImageResult, ParseReport, P
 from coordexp.records.mixing import SetNames, probes
 from coordexp.records.schema import ObjectRecord, Record, write_records
 from coordexp.reporting.inputs import ReportInputs
+from coordexp.reporting.report import PAGE, Content
 from coordexp.reporting.training import target_entropy_nats
 from coordexp.rollout.scoring import Decoded, write_decoded
 from coordexp.training.dev_answers import count_answers, judge_answer
@@ -245,6 +246,12 @@ def _write_small_files(inputs: ReportInputs) -> None:
             },
         )
         write_record(inputs, stage, commit="0123456789abcdef", machine="x86_64", finished=f"2026-01-02T03:0{number}:00")
+
+
+def everything_to_say(inputs: ReportInputs) -> str:
+    """What `everything_said` would find in the report of these inputs, without drawing it."""
+    texts = Content.of(inputs).texts()
+    return "\n".join([texts.pop(PAGE), *texts.values()])
 
 
 def everything_said(report: Path) -> str:

@@ -17,8 +17,8 @@ from coordexp.records.gt_vs_pred import ImageResult, ParseReport, read_results
 from coordexp.records.schema import Record
 from coordexp.reporting.inputs import ReportInputs
 from coordexp.reporting.page import write_page
-from coordexp.reporting.report import PAGE, Content, build_report
-from reporting.synthetic import build_run, changed, everything_said
+from coordexp.reporting.report import build_report
+from reporting.synthetic import build_run, changed, everything_said, everything_to_say
 
 
 def without_objects(record: Record) -> Record:
@@ -84,8 +84,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> str:
     inputs = build_run(root, images=16, gallery_images=4, answered=looping)
     run = dataclasses.replace(inputs.run, params=changed(inputs.run.params, stage2__n_softctx_iter=2))
     inputs = dataclasses.replace(inputs, run=run)
-    texts = Content.of(inputs).texts()
-    return "\n".join([texts.pop(PAGE), *texts.values()])
+    return everything_to_say(inputs)
 
 
 def test_the_first_lines_describe_the_faults_of_the_answers(text: str) -> None:

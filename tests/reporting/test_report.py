@@ -29,7 +29,7 @@ from coordexp.reporting.inputs import TRAINED, Baseline, ReportInputs
 from coordexp.reporting.method import METHOD
 from coordexp.reporting.questions import ANSWERS
 from coordexp.reporting.report import DETAILS, FOLDERS, PAGE, SUBJECTS, Content, build_report
-from reporting.synthetic import changed, write_json, write_record
+from reporting.synthetic import changed, everything_to_say, write_json, write_record
 
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 
@@ -245,7 +245,7 @@ def test_published_numbers_are_shown_only_with_the_data_they_cover(
     assert "Rex-Omni" not in text
     source = inputs.run.profile.source.model_copy(update={"kind": "datasets"})
     run = dataclasses.replace(inputs.run, profile=changed(inputs.run.profile, source=source))
-    text = "\n".join(Content.of(dataclasses.replace(inputs, run=run)).texts().values())
+    text = everything_to_say(dataclasses.replace(inputs, run=run))
     ours = metrics["stage2"]["eval"]
     rows = [row for row in rows_of(text, "system") if row[0] == "**this run, stage2**"]
     by_protocol = {row[4]: row for row in rows[:2]}

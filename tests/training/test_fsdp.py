@@ -159,9 +159,9 @@ def spaces(tmp_path_factory, world: World, warm: Path) -> dict[str, tuple[Worksp
     for name, case in CASES.items():
         sharded = prepared(root / "both" / name, world, case, case.sharding)
         # How two processes run it is nothing to one process.
-        same = [n for n in made if alike(CASES[n]) == alike(case)]
-        alone = made[same[0]][0] if same else prepared(root / "alone" / name, world, case, "none")
-        if not same:
+        alone = next((made[other][0] for other in made if alike(CASES[other]) == alike(case)), None)
+        if alone is None:
+            alone = prepared(root / "alone" / name, world, case, "none")
             train(alone, case.stage)
         if case.interrupted == "alone":
             interrupt(sharded, case.stage, patch)

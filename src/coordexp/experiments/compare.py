@@ -318,7 +318,7 @@ def _read(plan: Plan, arm: str) -> tuple[str, ...]:
     paths, checkpoint = ProfilePaths(plan.profile), plan.study.arms[arm].checkpoint
     answers = [answers_path(paths, name) for name in plan.study.checkpoints(arm)]
     stages = plan.trained(checkpoint)
-    counted = dict.fromkeys((*stages, *(("stage1-control",) if plan.compares_control(arm) else ())))
+    counted = dict.fromkeys((*stages, *(plan.trained("stage1-control") if plan.compares_control(arm) else ())))
     taken = [(paths.run(stage) / RUN_METADATA).as_posix() for stage in counted]
     taken += [compute_path(paths)] if "stage2" in stages else []
     more = [path for of, key in _run_keys(plan.study, arm) for path in READINGS[key].paths(paths, of)]

@@ -15,7 +15,7 @@ from coordexp.evaluation.effect import FEWEST_SEEDS, Verdict
 from coordexp.infra.files import write_text
 from coordexp.infra.logs import logged, smoothed
 from coordexp.reporting.markdown import MISSING, escape, number, table
-from coordexp.reporting.questions import ALIKE, continues, measured, seeds_sentence
+from coordexp.reporting.questions import ALIKE, continues, measured, seeds_sentence, trains
 from coordexp.reporting.style import COARSE_DPI, figure_style, new_figure, save_figure
 
 # The palette of Okabe and Ito (2008), with gray for the first arm.
@@ -59,11 +59,6 @@ def write_report(numbers: Numbers, logs: Mapping[str, Sequence[pd.DataFrame]], o
     path = out_dir / f"{numbers['name']}.md"
     write_text(path, report_markdown(numbers))
     return path
-
-
-def trains(numbers: Numbers) -> bool:
-    """Whether arms differ in training: otherwise all have the log of one run."""
-    return str(numbers["budget"]) != "decoding"
 
 
 def report_markdown(numbers: Numbers) -> str:

@@ -197,10 +197,15 @@ def _what_ran(numbers: Numbers) -> str:
     )
 
 
+def trains(numbers: Numbers) -> bool:
+    """Whether arms differ in training: otherwise all have the log of one run."""
+    return str(numbers["budget"]) != "decoding"
+
+
 def seeds_sentence(numbers: Numbers) -> str:
     """What was repeated, and so what the intervals contain."""
     seeds, keys, planned = numbers["seeds"], numbers["seed_keys"], numbers.get("planned_seeds", numbers["seeds"])
-    if numbers["budget"] == "decoding":
+    if not trains(numbers):
         return "One checkpoint: the intervals contain the variation of the images, not that of training."
     text = f"{seeds} seed{'s' if seeds > 1 else ''}" + (f" of {planned} planned" if planned > seeds else "")
     text += f", varying {' and '.join(f'`{key}`' for key in keys)}"
