@@ -6,6 +6,7 @@ stage that really runs leaves a line in a file outside of it.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from coordexp.config.loading import read_yaml
+from coordexp.models.pins import write_pins
 from warm_python import enter
 
 INTERPRETER = sys.executable
@@ -242,7 +244,11 @@ def new_toy(repository: Path, folder: Path) -> Toy:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(repository / name, root / name)
     shutil.copytree(repository / "configs", root / "configs")
-    shutil.copytree(repository / "models" / "tiny-base", root / "models" / "tiny-base")
+    model = root / "models" / "tiny-base"
+    shutil.copytree(repository / "models" / "tiny-base", model)
+    (model / "model.safetensors").write_bytes(bytes(5003))  # nobody loads it, and each experiment packs what git has
+    with contextlib.chdir(root):
+        write_pins(Path("configs", "tiny.yaml"))
     params = read_yaml(repository / "params.yaml")
     params["eval"]["bootstrap_resamples"] = 100
     YAML().dump(params, root / "params.yaml")
