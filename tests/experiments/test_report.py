@@ -102,7 +102,7 @@ def test_the_text_is_well_formed_and_the_figure_overlays_the_arms(tmp_path: Path
     assert "more | is more</td>" in html
     assert "| `w=2` | 0.3200 | n/a |\n" in text  # F1 is undefined for one seed
     assert "| `w=2` | 102 | 6,000 |\n" in text
-    assert "1.20 times the tokens" in verdict_sentence(tree["effects"][0], tree)
+    assert "It took 1.20 times the tokens of training." in verdict_sentence(tree["effects"][0], tree)
     tree["runs"][0]["seconds"] = None  # of a run that came from the cache
     assert "| `w=1` | not measured | 5,000 |" in report_markdown(tree)
     with Image.open(tmp_path / "out" / "x.png") as picture:
@@ -137,6 +137,23 @@ def test_the_page_of_a_question_says_what_its_intervals_cover(changes: dict[str,
     for run in tree["runs"]:
         run["control"] = 4000
     assert words in answer_markdown(tree | changes, "coordexp answer x")
+
+
+@pytest.mark.parametrize(
+    ("baseline", "budget", "words"),
+    [
+        ("stage1-control", "tokens", ". It took 1.50 times the tokens of training."),
+        ("stage1-control", "compute", ". It took 2.00 times the compute of training."),
+        ("w=1", "tokens", "(500 images, 3 seeds)."),  # it continues the other side, stage 1
+    ],
+)
+def test_a_verdict_says_what_an_unequal_budget_was(baseline: str, budget: str, words: str) -> None:
+    tree = numbers(0.01, 0.005, 0.015, "better") | {"budget": budget, "seeds": 3}
+    tree["arms"]["w=1"]["checkpoint"] = "stage1"
+    for run in tree["runs"]:
+        run |= {"compute": run["tokens"] + 2000, "control": 4000}
+    row = tree["effects"][0] | {"baseline": baseline}
+    assert verdict_sentence(row, tree).endswith(words)
 
 
 def test_arms_with_looping_answers_get_no_verdict() -> None:

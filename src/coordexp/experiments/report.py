@@ -15,7 +15,7 @@ from coordexp.evaluation.effect import FEWEST_SEEDS, Verdict
 from coordexp.infra.files import write_text
 from coordexp.infra.logs import logged, smoothed
 from coordexp.reporting.markdown import MISSING, escape, number, table
-from coordexp.reporting.questions import ALIKE, continues, measured, seeds_sentence, trains
+from coordexp.reporting.questions import measured, seeds_sentence, trains, unlike_budget
 from coordexp.reporting.style import COARSE_DPI, figure_style, new_figure, save_figure
 
 # The palette of Okabe and Ito (2008), with gray for the first arm.
@@ -117,17 +117,14 @@ def verdict_sentence(row: Numbers, numbers: Numbers) -> str:
         text += ". With one seed the interval does not include training noise; a repetition may give another result"
     elif seeds < FEWEST_SEEDS:
         text += f". Two seeds can agree by chance, and then the interval is too narrow; {FEWEST_SEEDS} are safer"
-    return f"{text}{_unlike_tokens(row, numbers)}."
+    return f"{text}{_spent(row, numbers)}."
 
 
-def _unlike_tokens(row: Numbers, numbers: Numbers) -> str:
-    """A remark if the two sides trained on different numbers of tokens."""
-    tokens = pd.DataFrame(numbers["runs"]).groupby("arm")["tokens"].mean()
-    arms = numbers.get("arms", {})  # `coordexp run` compares one checkpoint of two runs
-    if row["baseline"] not in tokens or not tokens[row["baseline"]] or continues(arms, row):
-        return ""
-    ratio = tokens[row["arm"]] / tokens[row["baseline"]]
-    return f". It trained on {ratio:.2f} times the tokens" if abs(ratio - 1) > ALIKE else ""
+def _spent(row: Numbers, numbers: Numbers) -> str:
+    """A remark if the two sides trained on different numbers of tokens, or compute if the question compares that."""
+    budget = "compute" if numbers.get("budget") == "compute" else "tokens"
+    ratio = unlike_budget(numbers, row["arm"], row["baseline"], budget)
+    return f". It took {ratio:.2f} times the {budget} of training" if ratio else ""
 
 
 def _what_ran(numbers: Numbers) -> str:

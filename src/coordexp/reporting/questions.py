@@ -231,21 +231,29 @@ def _budget(numbers: Numbers) -> str:
     budget, words = numbers["budget"], BUDGETS[numbers["budget"]].capitalize()
     if budget not in ("tokens", "compute"):
         return f"{words}." if budget == "decoding" else ""
-    runs = pd.DataFrame(numbers["runs"])
-    means = runs.groupby("arm")[budget].mean()
-    controls = runs.groupby("arm")["control"].mean() if "control" in runs else {}
-    pairs = {(c["arm"], c["baseline"]) for c in numbers["claims"] if not continues(numbers["arms"], c)}
-    unlike = []
-    for arm, baseline in sorted(pairs):
-        spent = controls.get(arm) if baseline == "stage1-control" else means.get(baseline)
-        if spent and abs(means[arm] / spent - 1) > ALIKE:
-            unlike.append(f"`{arm}` took {means[arm] / spent:.2f} times that of `{baseline}`")
+    pairs = {(claim["arm"], claim["baseline"]) for claim in numbers["claims"]}
+    ratios = {pair: unlike_budget(numbers, *pair, budget) for pair in sorted(pairs)}
+    unlike = [f"`{arm}` took {ratio:.2f} times that of `{base}`" for (arm, base), ratio in ratios.items() if ratio]
     return words + (f", but {', '.join(unlike)}." if unlike else ".")
 
 
-def continues(arms: Numbers, compared: Numbers) -> bool:
+def unlike_budget(numbers: Numbers, arm: str, baseline: str, budget: str) -> float | None:
+    """How many times the baseline's `tokens` or `compute` an arm took; None if alike, unknown, or not to be equal."""
+    runs = pd.DataFrame(numbers["runs"])
+    means = runs.groupby("arm")[budget].mean()
+    if baseline == "stage1-control" and "control" in runs:  # each run has its own
+        spent = runs.groupby("arm")["control"].mean()[arm]
+    else:
+        spent = means.get(baseline)
+    if not spent or continues(numbers.get("arms", {}), arm, baseline):  # `coordexp run` has no arms
+        return None
+    ratio = float(means[arm] / spent)
+    return ratio if abs(ratio - 1) > ALIKE else None
+
+
+def continues(arms: Numbers, arm: str, baseline: str) -> bool:
     """Whether one side continues the other, stage 1, so that their budgets cannot be equal."""
-    stages = [arms[side]["checkpoint"] if side in arms else side for side in (compared["arm"], compared["baseline"])]
+    stages = [arms[side]["checkpoint"] if side in arms else side for side in (arm, baseline)]
     return "stage1" in stages and stages[0] != stages[1]
 
 
