@@ -35,7 +35,7 @@ ifneq ($(filter preset,$(MAKECMDGOALS)),)
 $(call named,configs/presets,$(PRESET))
 endif
 
-.PHONY: help env locks demo test quick changed-tests vllm test-vllm preset ablation experiments bench gpu-check check-profile smoke test-faults test-cuts checks docs report base trees real clean-resume
+.PHONY: help env dev locks demo test quick changed-tests vllm test-vllm preset ablation experiments bench gpu-check check-profile smoke test-faults test-cuts checks docs report base trees real clean-resume
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -68,6 +68,8 @@ locks:  ## look up the hashes of the versions that the locks name; needs uv (CON
 			| sed -E ':a;/\\$$/N;s/ *\\\n *(--hash)/ \1/;ta' > $$lock.hashed && \
 		{ grep '^#' $$lock; cat $$lock.hashed; } > $$lock.new && mv $$lock.new $$lock; rm -f $$lock.in $$lock.hashed; \
 	done
+
+dev: $(DEV_STAMP)  ## the same, with what tests, checks and the documentation site need
 
 demo: env  ## run the whole graph of the profile in params.yaml, then say where to look
 	dvc repro
