@@ -25,6 +25,7 @@ from coordexp.evaluation.effect import FEWEST_SEEDS, LEVEL
 from coordexp.infra.files import write_text
 from coordexp.infra.foreign import Gate
 from coordexp.infra.printable import printable
+from coordexp.reporting.compared import compared_markdown, compared_values
 from coordexp.reporting.markdown import MISSING, escape, number, table, with_interval
 from coordexp.reporting.style import COARSE_DPI, INK, WIDTH_IN, figure_style, new_figure, save_figure
 
@@ -56,6 +57,7 @@ class Answered:
     page: Path
     decided: int  # rules
     rules: int
+    arms: Mapping[str, Any]  # those that ran, by name
 
 
 def stored_answers(root: Path = Path()) -> list[Answered]:
@@ -67,7 +69,7 @@ def stored_answers(root: Path = Path()) -> list[Answered]:
             row = Answered(
                 numbers["name"], numbers["question"], answer_sentence(numbers), numbers["profile"],
                 ANSWERS / f"{path.stem}.md", sum(claim["judgement"] in SHORT for claim in numbers["claims"]),
-                len(numbers["claims"]),
+                len(numbers["claims"]), numbers["arms"],
             )  # fmt: skip
         except (KeyError, TypeError) as error:
             KEPT_NUMBERS.refuse(str(path), f"no answer: {error!r}", error)
@@ -98,6 +100,7 @@ def index_markdown(root: Path) -> str:
             f"{decided} of {rules} rules are decided. They are not corrected for multiple comparisons: without any "
             f"true effect, about {rules * LEVEL:.0f} would be decided by chance."
         )
+    lines += compared_markdown(compared_values({a.name: a.arms for a in answered}, root), root)
     if others:
         lines += ["## Not answered yet", "`coordexp answer NAME --dry-run` estimates the cost of one."]
         lines += ["\n".join(f"- `{name}`: {escape(load_question(name, root).question)}" for name in others)]
