@@ -18,6 +18,7 @@ from coordexp.reporting.figures_training import write_training_figures
 from coordexp.reporting.forest import write_forest
 from coordexp.reporting.inputs import ReportInputs, load_report_data
 from coordexp.reporting.outcomes import Outcomes, judge
+from coordexp.reporting.style import new_figure, save_figure
 from reporting.synthetic import changed
 
 
@@ -42,6 +43,23 @@ def test_checkpoints_without_predictions_still_have_figures(inputs: ReportInputs
         with Image.open(path) as picture:
             assert picture.format == "PNG"
     assert len(list(tmp_path.iterdir())) == 5
+
+
+def test_a_line_that_others_hide_keeps_its_color_in_the_legend(tmp_path: Path) -> None:
+    """Of few colors, the most frequent ones would leave it out."""
+    colours = ("#123456", "#D55E00", "#0072B2")
+    figure = new_figure(8, 3, 100)
+    axes = figure.subplots()
+    for colour in colours:
+        axes.plot(np.arange(50) % 7, color=colour, linewidth=4, label=colour)
+    for alpha in np.linspace(0.1, 0.9, 40):
+        axes.axvspan(100 * alpha, 100 * alpha + 2, color=(alpha, 0.5, 1 - alpha))
+    axes.legend()
+    save_figure(figure, tmp_path / "few.png", 8)
+    with Image.open(tmp_path / "few.png") as picture:
+        assert len(picture.getcolors()) <= 8
+        shown = {f"#{r:02X}{g:02X}{b:02X}" for _, (r, g, b) in picture.convert("RGB").getcolors(1 << 16)}
+    assert shown >= {*colours}
 
 
 def test_an_experiment_with_another_weight_has_two_lower_bounds(inputs: ReportInputs, tmp_path: Path) -> None:

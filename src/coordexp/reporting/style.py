@@ -5,7 +5,7 @@ A figure is at most `WIDTH_IN` wide: scaled to a phone, its text is still about 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,9 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.text import Text
 from PIL import Image
 
@@ -87,6 +89,20 @@ def save_figure(figure: Figure, path: Path, colours: int = 256) -> None:
     canvas = FigureCanvasAgg(figure)
     canvas.draw()  # once; savefig draws for the layout, then again
     shown = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
-    picture = shown.quantize(colours, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+    picture = _with_palette(shown, colours, {to_rgb(line.get_color()) for line in figure.findobj(Line2D)})
     with replacing(path) as temporary:
         picture.save(temporary, "PNG", optimize=True)
+
+
+def _with_palette(shown: Image.Image, colours: int, kept: Collection[tuple[float, float, float]]) -> Image.Image:
+    """The picture in its most frequent colors; of few, some are `kept`: a line that others hide has only its legend."""
+    own = [tuple(round(255 * part) for part in colour) for colour in sorted(kept)] if colours < 256 else []
+    picture = shown.quantize(colours - len(own), method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+    palette, places = picture.getpalette() or [], np.array(picture)
+    pixels = np.asarray(shown)
+    for colour in own:
+        places[(pixels == colour).all(axis=2)] = len(palette) // 3
+        palette += colour
+    picture = Image.fromarray(places)
+    picture.putpalette(palette)
+    return picture
