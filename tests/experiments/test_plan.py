@@ -169,6 +169,8 @@ def test_a_claim_is_decided_by_its_interval(expected: Any, above: str, across: s
     within = Effect(0.0, -0.004, 0.004, 0.5, 0.01, 0.005, None)
     assert judged(claim, within, {}) == ("confirmed" if expected == "same" else "not shown")
     assert judged(claim, within, {"run": ["loops"]}) == "not evaluated"
+    on_annotation = claim.model_copy(update={"metric": "coord.second_peak"})  # not read from the answers
+    assert judged(on_annotation, within, {"run": ["loops"]}) == judged(claim, within, {})
     assert judged(claim, Effect(0.5, 0.4, 0.6, 0.5, 0.01, 0.005, None), {}, enough=False) == "not shown"
     assert judged(claim, Effect(0.0, 0.0, 0.0, 0.5, 0.0, 0.0, None), {}) == (
         "confirmed" if expected == "same" else "no effect"

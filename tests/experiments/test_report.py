@@ -160,6 +160,10 @@ def test_arms_with_looping_answers_get_no_verdict() -> None:
     tree = numbers(0.012, 0.001, 0.025, "not evaluated")
     row = tree["effects"][0]
     row["faults"] = {"ab-x-s0": ["30 % of the answers loop"]}
+    told = {"planned_seeds": 2, "source": "us", "note": ""}
+    for judgement, count in (("not evaluated", 1), ("confirmed", 0)):
+        page = answer_markdown(tree | told | {"claims": [CLAIM | {"judgement": judgement}]}, "coordexp answer x")
+        assert page.count("- Not evaluated because of `ab-x-s0`: 30 % of the answers loop.") == count
     sentence = verdict_sentence(row, tree)
     assert "**not evaluated**" in sentence
     assert sentence.endswith("because of faulty answers in ab-x-s0: 30 % of the answers loop.")

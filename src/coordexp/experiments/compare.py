@@ -224,10 +224,12 @@ def judged(claim: Claim, found: Effect | None, faults: Mapping[str, Any], enough
 
     The test of `same` is the interval form of an equivalence test (TOST, Schuirmann 1987): a difference that is not
     significant does not confirm it, only an interval inside the margin does. Otherwise a difference of 0 in every
-    resample is "no effect". Without `enough` seeds nothing is shown.
+    resample is "no effect". Without `enough` seeds nothing is shown. Faults of answers concern what is read from them.
     """
-    if found is None or faults:
-        return (Verdict.UNDEFINED if found is None else Verdict.NOT_JUDGED).value
+    if found is None:
+        return Verdict.UNDEFINED.value
+    if faults and (claim.metric not in READINGS or READINGS[claim.metric].of_answers):
+        return Verdict.NOT_JUDGED.value
     if not enough:
         return "not shown"
     if claim.expected == "same":

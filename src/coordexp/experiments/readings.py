@@ -99,7 +99,10 @@ class RunFiles:
 
 @dataclass(frozen=True, slots=True)
 class RunReading:
-    """One kind of reading, of the images of a split; `paths` are the stage outputs that it needs."""
+    """One kind of reading, of the images of a split; `paths` are the stage outputs that it needs.
+
+    Faults of the answers invalidate a reading that is `of_answers`.
+    """
 
     split: Literal["val", "dev"]
     meaning: str
@@ -107,6 +110,7 @@ class RunReading:
     better: Literal["higher", "lower", "neither"]
     paths: Callable[[ProfilePaths, str], Sequence[str]]
     compute: Callable[[RunFiles, str], Reading | None]  # of a checkpoint, from the fetched outputs
+    of_answers: bool = True
 
     def read(self, files: RunFiles, checkpoint: str) -> Reading | None:
         """The reading of a checkpoint; raises DataError if an output that it needs cannot be fetched."""
@@ -329,14 +333,14 @@ READINGS = {
         f"coord.{name}": RunReading(
             "dev",
             f"{(MEANINGS | SHAPES)[name]}; mean over annotated coordinates of dev, after the last step",
-            unit, better, _context_paths, partial(_coordinates, name),
+            unit, better, _context_paths, partial(_coordinates, name), of_answers=False,
         )
         for name, (unit, better) in _COORDINATES.items()
     },
     "context.drift": RunReading(
         "dev",
         "error of coordinates on dev in the last forward of channel A minus the first, after the last step",
-        "bins", "lower", _context_paths, _context_drift,
+        "bins", "lower", _context_paths, _context_drift, of_answers=False,
     ),
     "trajectory.f1_with_map": RunReading(
         "dev",

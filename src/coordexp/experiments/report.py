@@ -21,7 +21,7 @@ from coordexp.reporting.style import COARSE_DPI, figure_style, new_figure, save_
 # The palette of Okabe and Ito (2008), with gray for the first arm.
 COLOURS = ("#555555", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 # A page of each question is kept in git: noisy lines in all colors take a sixth of a megabyte.
-COLOURS_KEPT = 24
+COLOURS_KEPT = 16  # besides those of the lines
 PANELS = {
     "raw/softce": "softCE, unweighted (nats)",
     "coord_diag/expected_bin_mae": "mean error of E[k] (bins)",

@@ -21,7 +21,7 @@ import pandas as pd
 
 from coordexp.config.question import load_question, question_names
 from coordexp.errors import DataError
-from coordexp.evaluation.effect import FEWEST_SEEDS, LEVEL
+from coordexp.evaluation.effect import FEWEST_SEEDS, LEVEL, Verdict
 from coordexp.infra.files import write_text
 from coordexp.infra.foreign import Gate
 from coordexp.infra.printable import printable
@@ -149,7 +149,7 @@ def answer_markdown(numbers: Numbers, command: str) -> str:
         for c in numbers["claims"]
     ]
     header = ["claim", "rule, fixed in advance", "images", "arm / baseline", "difference, 95 % interval", "answer"]
-    lines += [table(header, rows, "lllrrl"), _legend(numbers["claims"])] if rows else []
+    lines += [table(header, rows, "lllrrl"), _legend(numbers)] if rows else []
     lines += [
         f"Asked by: {escape(numbers['source'])}. {_what_ran(numbers)} {_budget(numbers)}".strip(),
         f"{_cost(numbers)} `{command}` writes this page and runs what is missing. All numbers: "
@@ -161,10 +161,14 @@ def answer_markdown(numbers: Numbers, command: str) -> str:
     return "\n\n".join(lines) + "\n"
 
 
-def _legend(claims: Sequence[Numbers]) -> str:
-    """What the metrics of the claims are, and that several claims are not one test."""
+def _legend(numbers: Numbers) -> str:
+    """What the metrics of the claims are, why some are not evaluated, and that several claims are not one test."""
+    claims = numbers["claims"]
     told = {claim["metric"]: f"`{claim['metric']}` ({claim['unit']}): {claim['meaning']}." for claim in claims}
     lines = [*told.values()]
+    faulty = {run: words for effect in numbers["effects"] for run, words in effect["faults"].items()}
+    if any(claim["judgement"] == Verdict.NOT_JUDGED.value for claim in claims):
+        lines += [f"Not evaluated because of `{escape(run)}`: {', '.join(words)}." for run, words in faulty.items()]
     if len(claims) > 1:
         lines.append(f"The {len(claims)} rules are not corrected for multiple comparisons.")
     return "\n".join(f"- {line}" for line in lines)

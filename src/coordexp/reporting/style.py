@@ -5,7 +5,7 @@ A figure is at most `WIDTH_IN` wide: scaled to a phone, its text is still about 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,20 +89,20 @@ def save_figure(figure: Figure, path: Path, colours: int = 256) -> None:
     canvas = FigureCanvasAgg(figure)
     canvas.draw()  # once; savefig draws for the layout, then again
     shown = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
-    picture = _with_palette(shown, colours, {to_rgb(line.get_color()) for line in figure.findobj(Line2D)})
+    picture = shown.quantize(colours, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+    if colours < 256:
+        picture = _with_lines(shown, picture.getpalette() or [], figure.findobj(Line2D))
     with replacing(path) as temporary:
         picture.save(temporary, "PNG", optimize=True)
 
 
-def _with_palette(shown: Image.Image, colours: int, kept: Collection[tuple[float, float, float]]) -> Image.Image:
-    """The picture in its most frequent colors; of few, some are `kept`: a line that others hide has only its legend."""
-    own = [tuple(round(255 * part) for part in colour) for colour in sorted(kept)] if colours < 256 else []
-    picture = shown.quantize(colours - len(own), method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
-    palette, places = picture.getpalette() or [], np.array(picture)
-    pixels = np.asarray(shown)
-    for colour in own:
-        places[(pixels == colour).all(axis=2)] = len(palette) // 3
-        palette += colour
-    picture = Image.fromarray(places)
-    picture.putpalette(palette)
+def _with_lines(shown: Image.Image, frequent: Sequence[int], lines: Iterable[Line2D]) -> Image.Image:
+    """The picture in the nearest of its frequent colors and those of its lines: of a hidden line, few pixels show."""
+    inks = {(*to_rgb(line.get_color()), 1.0 if (alpha := line.get_alpha()) is None else alpha) for line in lines}
+    on_white = [[round(255 * (1 + alpha * (part - 1))) for part in ink] for *ink, alpha in sorted(inks)]
+    palette = np.array([*np.reshape(frequent, (-1, 3)), *on_white])
+    found, place = np.unique(np.asarray(shown).reshape(-1, 3), axis=0, return_inverse=True)
+    nearest = np.square(found[:, None].astype(int) - palette).sum(axis=2).argmin(axis=1)
+    picture = Image.fromarray(nearest.astype(np.uint8)[place].reshape(shown.height, shown.width))
+    picture.putpalette(palette.astype(np.uint8).tobytes())
     return picture
