@@ -50,8 +50,8 @@ $(STAMP): requirements.lock requirements-torch.lock pyproject.toml
 	@echo "installing requirements.lock into $(VENV) (minutes, once)"
 	@$(VENV)/bin/python $(PIP) $(BY_HASH) --no-compile -r requirements.lock
 	@$(VENV)/bin/python $(PIP) install --no-compile -r requirements-torch.lock
-	@# pip would compile on one core. Not an error: some packages ship templates that are no Python.
-	@$(VENV)/bin/python -m compileall -qq -j 0 $(VENV)/lib || true
+	@# pip would compile on one core, and all. Not an error: some packages ship templates that are no Python.
+	@$(VENV)/bin/python -m compileall -qq -j 0 -x '/tests/|/transformers/models/' $(VENV)/lib || true
 	@$(VENV)/bin/python $(PIP) install --no-deps -e .
 	@touch $@
 
@@ -98,8 +98,9 @@ $(VLLM_STAMP): $(VLLM_LOCK) requirements-torch.lock
 	@echo "installing $(VLLM_LOCK) into $(VLLM_VENV): the $(VLLM_BUILD) build of vLLM (minutes, once)"
 	@if test -e $(OTHER_VLLM_STAMP); then rm -rf $(VLLM_VENV); fi
 	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
-	@$(VLLM_VENV)/bin/python $(PIP) $(if $(filter cpu,$(VLLM_BUILD)),$(BY_HASH),install) -r $(VLLM_LOCK)
-	@$(if $(filter cpu,$(VLLM_BUILD)),$(VLLM_VENV)/bin/python $(PIP) install --no-deps -r requirements-torch.lock)
+	@# The first server compiles what it imports, which is the smaller part.
+	@$(VLLM_VENV)/bin/python $(PIP) $(if $(filter cpu,$(VLLM_BUILD)),$(BY_HASH),install) --no-compile -r $(VLLM_LOCK)
+	@$(if $(filter cpu,$(VLLM_BUILD)),$(VLLM_VENV)/bin/python $(PIP) install --no-compile --no-deps -r requirements-torch.lock)
 	@touch $@
 
 test-vllm: $(DEV_STAMP) vllm  ## test the vLLM engine against real servers

@@ -34,7 +34,8 @@ LONG = (
     "rollout/test_stages.py", "rollout/test_hf_constraints.py", "benchmarks/test_scripts.py",
     "experiments/test_front_door.py", "experiments/test_runs.py", "invariants/test_reach.py", "text/test_parser.py",
     "benchmarks/test_gpu_check.py", "training/test_launch.py", "graph/test_check_profile.py",
-    "training/test_devices.py", "rollout/test_vllm_http.py",
+    "training/test_devices.py", "rollout/test_vllm_http.py", "training/test_session.py",
+    "reporting/test_nothing_to_judge.py", "doctor/test_init.py", "reporting/test_report.py",
 )  # fmt: skip
 # Their tests share no expensive fixture, so each may run on any worker. Tests of other files stay together.
 SPREAD = ("graph/test_smoke.py", "graph/test_kill.py", "training/test_distributed.py", "benchmarks/test_scripts.py")
