@@ -98,9 +98,8 @@ $(VLLM_STAMP): $(VLLM_LOCK) requirements-torch.lock
 	@echo "installing $(VLLM_LOCK) into $(VLLM_VENV): the $(VLLM_BUILD) build of vLLM (minutes, once)"
 	@if test -e $(OTHER_VLLM_STAMP); then rm -rf $(VLLM_VENV); fi
 	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
-	@# The first server compiles what it imports, which is the smaller part.
-	@$(VLLM_VENV)/bin/python $(PIP) $(if $(filter cpu,$(VLLM_BUILD)),$(BY_HASH),install) --no-compile -r $(VLLM_LOCK)
-	@$(if $(filter cpu,$(VLLM_BUILD)),$(VLLM_VENV)/bin/python $(PIP) install --no-compile --no-deps -r requirements-torch.lock)
+	@$(VLLM_VENV)/bin/python $(PIP) $(if $(filter cpu,$(VLLM_BUILD)),$(BY_HASH),install) -r $(VLLM_LOCK)
+	@$(if $(filter cpu,$(VLLM_BUILD)),$(VLLM_VENV)/bin/python $(PIP) install --no-deps -r requirements-torch.lock)
 	@touch $@
 
 test-vllm: $(DEV_STAMP) vllm  ## test the vLLM engine against real servers
