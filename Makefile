@@ -50,8 +50,8 @@ $(STAMP): requirements.lock requirements-torch.lock pyproject.toml
 	@echo "installing requirements.lock into $(VENV) (minutes, once)"
 	@$(VENV)/bin/python $(PIP) $(BY_HASH) --no-compile -r requirements.lock
 	@$(VENV)/bin/python $(PIP) install --no-compile -r requirements-torch.lock
-	@# pip would compile on one core, and all. Not an error: some packages ship templates that are no Python.
-	@$(VENV)/bin/python -m compileall -qq -j 0 -x '/tests/|/transformers/models/' $(VENV)/lib || true
+	@# pip would compile on one core. Not an error: some packages ship templates that are no Python.
+	@$(VENV)/bin/python -m compileall -qq -j 0 $(VENV)/lib || true
 	@$(VENV)/bin/python $(PIP) install --no-deps -e .
 	@touch $@
 
