@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 
 from coordexp.config.block import Block, PositiveCount, Text, Texts
 from coordexp.config.loading import load_block
+from coordexp.config.presets import overrides, read_preset
 from coordexp.errors import ConfigError, closest
 
 QUESTIONS = Path("configs/questions")
@@ -49,6 +50,15 @@ class Arm(Block):
     baseline: str = Field(
         default="", description="another arm, or a checkpoint of the same run; without one the arm is only measured"
     )
+
+    def stated(self, root: Path) -> list[str]:
+        """Its values as KEY=VALUE: of its presets, then its changes; a later value of a key replaces an earlier one.
+
+        Raises:
+            ConfigError: a preset does not exist or is invalid.
+        """
+        presets = [value for name in self.presets for value in overrides(read_preset(name, root))[1::2]]
+        return [*presets, *self.changes]
 
 
 class Claim(Block):

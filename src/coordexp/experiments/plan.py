@@ -13,7 +13,7 @@ from itertools import product
 from pathlib import Path
 
 from coordexp.config.loading import read_yaml
-from coordexp.config.presets import leaves, overrides, read_preset
+from coordexp.config.presets import leaves
 from coordexp.config.profile import Profile
 from coordexp.config.question import Arm, Question, Trained
 from coordexp.config.schema import Params
@@ -149,8 +149,7 @@ def _choice(assignment: str) -> tuple[str, list[str]]:
 
 def _settings(common: Sequence[str], arm: Arm, files: ParameterFiles) -> Settings:
     """The values of an arm: presets, then changes; a later value of a key replaces an earlier one."""
-    stated = [change for name in arm.presets for change in overrides(read_preset(name, files.root))[1::2]]
-    pairs = [change.partition("=") for change in (*common, *stated, *arm.changes)]
+    pairs = [change.partition("=") for change in (*common, *arm.stated(files.root))]
     if wrong := [change for change in (*common, *arm.changes) if not change.partition("=")[2]]:
         raise ConfigError(f"changes: found {wrong[0]!r}, expected KEY=VALUE.")
     chosen = {"profile": files.profile_name} if files.is_other else {}

@@ -8,8 +8,8 @@ from typing import Any
 
 from coordexp.config.block import field_specs
 from coordexp.config.loading import load_params
-from coordexp.config.presets import leaves, overrides, read_preset
-from coordexp.config.question import UNASKED, load_question, question_names
+from coordexp.config.presets import leaves
+from coordexp.config.question import UNASKED, Arm, load_question, question_names
 from coordexp.config.schema import Params
 from coordexp.reporting.markdown import table
 
@@ -29,14 +29,13 @@ def compared_values(answered: Mapping[str, Mapping[str, Any]], root: Path) -> Co
     found: dict[str, dict[str, list[str]]] = {}
     for name, arms in answered.items():
         common = load_question(name, root).changes if name in known else ()
-        changed = [
-            _values([*common, *_of_presets(arm["presets"], root), *arm["changes"]], committed) for arm in arms.values()
-        ]
+        told = [Arm.model_validate(arm) for arm in arms.values()]
+        changed = [_values([*common, *arm.stated(root)], committed) for arm in told]
+        # The start of a schedule acts in the arm that sets its fraction; that arm states it at its committed value.
+        stated = {change.partition("=")[0] for arm in told for change in arm.changes}
         for key in committed:
             values = {values.get(key, _shown(committed[key])) for values in changed}
-            # The start of a schedule acts in the arm that sets its fraction; that arm states it at its committed value.
-            is_stated = any(key == change.partition("=")[0] for arm in arms.values() for change in arm["changes"])
-            for value in values if len(values) > 1 or is_stated else ():
+            for value in values if len(values) > 1 or key in stated else ():
                 found.setdefault(key, {}).setdefault(value, []).append(name)
     return found
 
@@ -71,10 +70,6 @@ def _missing(compared: Compared, committed: Mapping[str, Any]) -> list[str]:
         choices = spec.expected.removeprefix(CHOICES).split(", ") if spec.expected.startswith(CHOICES) else []
         keys += [f"`{spec.key}: {name}`" for name in choices if name not in compared.get(spec.key, choices)]
     return keys
-
-
-def _of_presets(names: Iterable[str], root: Path) -> list[str]:
-    return [change for name in names for change in overrides(read_preset(name, root))[1::2]]
 
 
 def _values(changes: Iterable[str], committed: Mapping[str, Any]) -> dict[str, str]:
