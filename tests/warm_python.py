@@ -14,24 +14,25 @@ differs from the server's in variables other than FREE, which a library might ha
 
 from __future__ import annotations
 
-import io
 import json
 import os
-import select
-import shlex
 import signal
 import socket
 import struct
-import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
+# What only the others need, they import themselves: a suite asks hundreds of times.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+    from typing import Any
+
     import pytest
+
+    Program = dict[str, Any]
 
 # Of what matplotlib reads in HOME, there is nothing in the tests' home folders.
 LIBRARIES = (
@@ -55,7 +56,6 @@ FREE_BEGINNINGS += ("TORCH_NCCL_", "TOY_")
 # What the package, or the interpreter, sets itself before a library is imported.
 ALWAYS = {"GOMP_SPINCOUNT": "2000", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "LC_CTYPE": "C.UTF-8"}
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-Program = dict[str, Any]
 
 
 def program_of(arguments: list[str]) -> Program | None:
@@ -74,6 +74,9 @@ def warm_path(folder: Path, environment: Mapping[str, str], until: int, librarie
 
     The server ends with the process `until`. Where it cannot run, each program gets an interpreter of its own.
     """
+    import shlex
+    import subprocess
+
     place, bin_folder = folder / "socket", folder / "bin"
     bin_folder.mkdir()
     command = [sys.executable, __file__, "serve", str(place), str(until), *libraries]
@@ -159,11 +162,11 @@ def _end_as(code: int) -> None:
     os._exit(code)
 
 
-# The server: a process that forks one that watches, for each program, and that one the program itself.
+# The server: a process that forks one for each program, and reports its end to the process that asked.
 
 
 def serve(place: str, until: int, libraries: Sequence[str]) -> None:
-    """Import, then fork for each request; returns, or exits, only in a forked process."""
+    """Import, then fork for each request; returns in a forked process, with its PROGRAM, and after `until`."""
     import gc
     import importlib
 
@@ -171,36 +174,82 @@ def serve(place: str, until: int, libraries: Sequence[str]) -> None:
     os.environ["JE_ARROW_MALLOC_CONF"] = "background_thread:false"  # or pyarrow starts a thread; no program sees it
     for name in libraries:
         importlib.import_module(name)
+    _leave_at_exit()
     gc.freeze()
     gc.enable()
     if len(os.listdir("/proc/self/task")) > 1:
         raise SystemExit("a library has started threads, which would be missing in a fork")
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that watch
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(f"{place}.new")
     listener.listen(64)
     os.rename(f"{place}.new", place)
-    parent = os.pidfd_open(until)
-    while True:
-        readable, *_ = select.select([listener, parent], [], [])
-        if parent in readable:
-            os.unlink(place)
-            raise SystemExit(0)
-        connection, _ = listener.accept()
-        if os.fork() == 0:
-            listener.close()
-            os.close(parent)
-            _watch(connection)
-            return
+    _fork_programs(listener, os.pidfd_open(until))
+    if not PROGRAM:
+        os.unlink(place)
+
+
+def _fork_programs(listener: socket.socket, until: int) -> None:
+    """Fork a program for each connection and report its end there; returns as `serve` does."""
+    import select
+
+    programs: dict[socket.socket, int] = {}  # to each connection the pidfd of its program, 0 before it runs
+    waiting = [listener, until]
+    while waiting or programs:
+        readable, *_ = select.select([*waiting, *programs, *filter(None, programs.values())], [], [])
+        if until in readable:
+            waiting = []
+        elif listener in readable:
+            programs[listener.accept()[0]] = 0
+        for connection, running in list(programs.items()):
+            if running in readable:
+                _report(connection, running)
+            elif connection in readable and running:
+                for number in connection.recv(16) or [signal.SIGKILL]:  # nothing: whoever asked is dead
+                    signal.pidfd_send_signal(running, number)
+            elif connection in readable:
+                programs[connection] = _fork(connection, [listener, until, *programs, *filter(None, programs.values())])
+                if PROGRAM:
+                    return
+        programs = {connection: running for connection, running in programs.items() if connection.fileno() >= 0}
+
+
+def _fork(connection: socket.socket, ours: list[socket.socket | int]) -> int:
+    """The pidfd of the program that was asked for; 0 if none is forked, and in the program, which closes `ours`."""
+    request = _request(connection)
+    if request is None:
         connection.close()
+        return 0
+    program, streams = request
+    if child := os.fork():
+        for stream in streams:
+            os.close(stream)
+        return os.pidfd_open(child)
+    for one in ours:
+        os.close(one if isinstance(one, int) else one.detach())
+    os.setsid()
+    _become(program, streams)
+    return 0
 
 
-def _watch(connection: socket.socket) -> None:
-    """Fork the program and report its end; returns in the program."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+def _leave_at_exit() -> None:
+    """At its end, no program takes down what the libraries have set up: that would copy all of it.
+
+    Of torch, these are 175 registries of operators, and a table of what was compiled, for a log that nobody reads.
+    """
+    import atexit
+    import weakref
+
+    for finalizer in weakref.finalize._registry:
+        finalizer.atexit = False
+    if "torch._dynamo.utils" in sys.modules:
+        atexit.unregister(sys.modules["torch._dynamo.utils"].dump_compile_times)
+
+
+def _request(connection: socket.socket) -> tuple[Program, list[int]] | None:
+    """The program and its standard streams; None if it must not be forked, or if whoever asked is dead."""
     head, streams, *_ = socket.recv_fds(connection, 8, 3)
-    if len(head) < 8:  # whoever asked is dead
-        os._exit(0)
+    if len(head) < 8:
+        return None
     size = struct.unpack("q", head)[0]
     content = b""
     while len(content) < size and (part := connection.recv(size - len(content))):
@@ -208,26 +257,18 @@ def _watch(connection: socket.socket) -> None:
     program = json.loads(content)
     if refused := _read_when_imported(program["environment"]):
         print(f"not forked because of {', '.join(refused)}: {program['arguments']}", file=sys.stderr, flush=True)
-        os._exit(0)
-    child = os.fork()
-    if child == 0:
-        os.setsid()
-        connection.close()
-        _become(program, streams)
-        return
-    for stream in streams:
-        os.close(stream)
-    ended = os.pidfd_open(child)
-    while True:
-        readable, *_ = select.select([connection, ended], [], [])
-        if ended in readable:
-            _, status = os.waitpid(child, 0)
-            with suppress(BrokenPipeError):
-                connection.sendall(struct.pack("q", os.waitstatus_to_exitcode(status)))
-            os._exit(0)
-        numbers = connection.recv(16)
-        for number in numbers or [signal.SIGKILL]:  # nothing: whoever asked is dead
-            os.kill(child, number)
+        for stream in streams:
+            os.close(stream)
+        return None
+    return program, streams
+
+
+def _report(connection: socket.socket, ended: int) -> None:
+    """Send the exit code of a program that has ended, or -n after signal n."""
+    found = os.waitid(os.P_PIDFD, ended, os.WEXITED)
+    os.close(ended)
+    with connection, suppress(BrokenPipeError, ConnectionResetError):
+        connection.sendall(struct.pack("q", found.si_status if found.si_code == os.CLD_EXITED else -found.si_status))
 
 
 def _read_when_imported(environment: dict[str, str]) -> list[str]:
@@ -238,6 +279,7 @@ def _read_when_imported(environment: dict[str, str]) -> list[str]:
 
 def _become(program: Program, streams: list[int]) -> None:
     """Take over everything of the process that asked, but for its identity."""
+    import io
     import random
     import resource
 
@@ -323,7 +365,8 @@ def main() -> None:
     LIBRARY_PATH.extend(sys.path[1:])
     FIRST_ENVIRONMENT.update(os.environ)
     serve(place, int(rest[0]), rest[1:])
-    _end(_run(PROGRAM))
+    if PROGRAM:
+        _end(_run(PROGRAM))
 
 
 if __name__ == "__main__":
