@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from coordexp.infra.files import remove
 from coordexp.records.images import image_roots
 from coordexp.stage import stage_main
 from graph.test_graph import Node, graph
+from read_keys import Key, recording
 from workspaces import PROFILE, change_yaml, content_hash, copy_workspace, new_workspace
 
 SAYS_HOW = (
@@ -29,10 +31,14 @@ SAYS_HOW = (
 
 @dataclass(slots=True)
 class LocalGraph:
-    """A folder with parameters, sources and results; like dvc.lock, `lock` records the inputs of the last runs."""
+    """A folder with parameters, sources and results; like dvc.lock, `lock` records the inputs of the last runs.
+
+    `read` has the keys that each stage read in recorded runs.
+    """
 
     root: Path
     lock: dict[str, dict[str, str]] = field(default_factory=dict)
+    read: dict[str, set[Key]] = field(default_factory=dict)
 
     @classmethod
     def new(cls, root: Path, changes: Mapping[str, Any]) -> LocalGraph:
@@ -49,7 +55,7 @@ class LocalGraph:
         """Change dotted keys of params.yaml."""
         change_yaml(self.root / "params.yaml", changes)
 
-    def repro(self) -> dict[str, bool]:
+    def repro(self, recorded: bool = False) -> dict[str, bool]:
         """Run the outdated stages in order; returns stage -> whether any of its outputs changed."""
         image_roots.cache_clear()
         ran = {}
@@ -58,17 +64,21 @@ class LocalGraph:
             if name == "check":  # depends on all of both parameter files, and is cheap
                 deps["params.yaml"] = content_hash(self.root / "params.yaml")
             if deps != self.lock.get(name):
-                ran[name] = self._run(name, node)
+                ran[name] = self._run(name, node, recorded)
                 self.lock[name] = deps
         return ran
 
-    def _run(self, name: str, node: Node) -> bool:
+    def _run(self, name: str, node: Node, recorded: bool) -> bool:
         before = {path: content_hash(self.root / path, SAYS_HOW) for path in node.outs}
         entry, _, which = name.partition("@")
         for path in node.outs:
             if name != "check":  # which persists
                 remove(self.root / path)
         run = importlib.import_module(f"pipelines.{entry.replace('-', '_')}").run
-        code = stage_main(run, [which] if which else [], CHECKPOINTS if which else ())
+        with recording() if recorded else nullcontext() as recorder:
+            asked = recorder.run(run) if recorder else run
+            code = stage_main(asked, [which] if which else [], CHECKPOINTS if which else ())
+        if recorder:
+            self.read.setdefault(entry, set()).update(recorder.keys)
         assert code == 0, f"{name} ended with {code}"
         return {path: content_hash(self.root / path, SAYS_HOW) for path in node.outs} != before

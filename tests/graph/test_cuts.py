@@ -1,7 +1,7 @@
 """Each key of params.yaml reruns exactly the correct stages: those that run change, and the others are not stale.
 
-The second half, that a stage reads nothing but what it declares, is tests/graph/test_inputs.py. Here every key is
-changed once on the smoke profile, under parameters that use them all.
+Stages read exactly the keys that they declare. And every key is changed once on the smoke profile, under parameters
+that use them all.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ from typing import Any
 
 import pytest
 
-from coordexp.config.loading import load_params
+from coordexp.config.loading import load_params, load_profile
 from coordexp.config.presets import leaves
+from coordexp.config.serving import ServeConfig
+from coordexp.inputs import PARAMS_FILE, PROFILE_FILE, declarations
 from graph.local_graph import LocalGraph
-from workspaces import content_hash
+from workspaces import PROFILE, content_hash
 
 # Answers with objects from an untrained model, with all features enabled that a key may change.
 ALIVE = {
@@ -71,6 +73,26 @@ QUICK = ("eval.bootstrap_resamples", "stage2.eos_weight", "gate_weight")  # eval
 IDLE = {"matching.lambda_iou": {"stage2"}, "matching.lambda_l1": {"stage2"}}
 WEIGHTS = "runs/smoke/stage2/model.safetensors"
 
+# Locations do not change the run. The profile's name is in every path, the model is identified by its pins, and the
+# number of decoding processes does not change the answers.
+PLACES = {"profile", "model.path", "launch.processes"}
+# Declared, but read on another way than that of the smoke profile, or before the stage begins.
+ELSEWHERE = {
+    "launch.threads",  # by stage.py
+    "source.kind",  # by the loader of the profile
+    *("rollout.requests_per_server", "rollout.servers", "rollout.timeout_seconds"),  # vLLM
+    *("rollout.tries", "rollout.vllm_python"),
+    *(f"rollout.serve.{key}" for key in ServeConfig.model_fields),
+}
+ELSEWHERE_OF = {
+    # data sets on disk, not scenes
+    "convert": {"seed"} | {f"records.{key}" for key in (
+        "bad_images", "crop", "crowd", "flip", "over_max", "overlap", "scale_jitter", "truncated",
+    )},
+    # mapping: semantic, and a lambda_sem above 0
+    "coco-eval": {"eval.semantic_floor", "eval.semantic_margin", "matching.semantic"},
+}  # fmt: skip
+
 
 @pytest.fixture(scope="module")
 def baseline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalGraph]:
@@ -78,7 +100,7 @@ def baseline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalGraph]:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(graph.root)
         patch.setenv("DVC_ROOT", str(graph.root))
-        assert all(graph.repro().values())
+        assert all(graph.repro(recorded=True).values())
         yield graph
 
 
@@ -105,6 +127,26 @@ def test_every_stage_that_a_key_reruns_changes_its_output(
     if content_hash(changed.root / WEIGHTS) == content_hash(baseline.root / WEIGHTS):  # only the log says more
         same -= {"decode@stage2", "coco-eval"}
     assert same == IDLE.get(key, set()), f"{key} ran {', '.join(ran)}"
+
+
+@pytest.mark.slow
+def test_stages_read_exactly_the_declared_keys(baseline: LocalGraph) -> None:
+    stages = {stage.stage: stage for stage in declarations(baseline.root)}
+    values = {
+        PARAMS_FILE: load_params(baseline.root / PARAMS_FILE),
+        PROFILE_FILE: load_profile(baseline.root / "configs" / f"{PROFILE}.yaml"),
+    }
+    lost, idle = {}, {}
+    for name, stage in stages.items():
+        keys = baseline.read[name]
+        lost[name] = {key for file, key in keys if not stage.reads(file, key)} - PLACES
+        declared = {
+            (f, key) for f, block in values.items() for key, _ in leaves(block.model_dump()) if stage.reads(f, key)
+        }
+        idle[name] = {key for f, key in declared if not any(f == g and f"{key}.".startswith(f"{k}.") for g, k in keys)}
+        idle[name] -= ELSEWHERE | ELSEWHERE_OF.get(name, set())
+    assert not any(lost.values()), f"pipelines/inputs.yaml must list these: the stages read them. {lost}"
+    assert not any(idle.values()), f"pipelines/inputs.yaml lists these, and the stages do not read them. {idle}"
 
 
 @pytest.mark.slow

@@ -1,8 +1,7 @@
-"""`check` and the files in `inputs/`: the inputs of each stage are exactly what it reads."""
+"""`check` and the files in `inputs/`: parameters and code of each stage. That it reads just these: test_cuts.py."""
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
 import shutil
@@ -15,40 +14,16 @@ from pipelines import check, pack
 from ruamel.yaml import YAML
 
 from coordexp.config.loading import load_params, load_profile, read_yaml
-from coordexp.config.paths import CHECKPOINTS, ProfilePaths
-from coordexp.config.presets import leaves
+from coordexp.config.paths import ProfilePaths
 from coordexp.config.run import RunConfig
-from coordexp.config.serving import ServeConfig
 from coordexp.errors import ConfigError
 from coordexp.infra.code_hash import Modules
-from coordexp.inputs import PARAMS_FILE, PROFILE_FILE, StageTable, declarations
+from coordexp.inputs import PARAMS_FILE, StageTable, declarations
 from coordexp.stage import stage_main
-from read_keys import recording
 from source_tree import ROOT
 
 STAGES = {stage.stage: stage for stage in declarations(ROOT)}
 COMMITTED = sorted(path.name for path in (ROOT / "inputs").iterdir())
-
-# Locations do not change the run. The profile's name is in every path, the model is identified by its pins, and the
-# number of decoding processes does not change the answers.
-PLACES = {"profile", "model.path", "launch.processes"}
-# Declared, but read on another way than that of the smoke profile, or before the stage begins.
-ELSEWHERE = {
-    "launch.threads",  # by stage.py
-    "source.kind",  # by the loader of the profile
-    *("rollout.requests_per_server", "rollout.servers", "rollout.timeout_seconds"),  # vLLM
-    *("rollout.tries", "rollout.vllm_python"),
-    *(f"rollout.serve.{key}" for key in ServeConfig.model_fields),
-}
-ELSEWHERE_OF = {
-    # data sets on disk, not scenes
-    "convert": {"seed"} | {f"records.{key}" for key in (
-        "bad_images", "crop", "crowd", "flip", "over_max", "overlap", "scale_jitter", "truncated",
-    )},
-    "stage2": {"rollout.batch_images", "rollout.engine"},  # fresh rollouts
-    # mapping: semantic, and a lambda_sem above 0
-    "coco-eval": {"eval.semantic_floor", "eval.semantic_margin", "matching.semantic"},
-}  # fmt: skip
 
 
 @pytest.fixture
@@ -189,44 +164,3 @@ def test_check_does_not_load_the_tensor_library(root: Path) -> None:
         "stage_main(check.run, []); sys.exit(bool({'torch', 'transformers', 'numpy', 'pandas'} & sys.modules.keys()))"
     )
     subprocess.run([sys.executable, "-c", program], cwd=root, env={"PYTHONPATH": f"src:{root}"}, check=True)
-
-
-def read_keys(root: Path) -> dict[str, set[tuple[str, str]]]:
-    """The keys that every stage of the smoke profile reads; the stages run in order, in one process."""
-    shutil.copytree(ROOT / "configs", root / "configs")
-    params = (ROOT / PARAMS_FILE).read_text()
-    (root / PARAMS_FILE).write_text(re.sub(r"(?m)^profile: \S+", "profile: smoke", params))
-    (root / "models").symlink_to(ROOT / "models")
-    (root / "data").mkdir()
-    (root / "data" / "sprites").symlink_to(ROOT / "data" / "sprites")
-    found = {}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(root)
-        patch.setenv("DVC_ROOT", str(root))
-        for name, stage in STAGES.items():
-            with recording() as recorder:
-                run = importlib.import_module(stage.entry).run
-                names = CHECKPOINTS if name == "decode" else ()
-                for which in names or ("",):
-                    assert stage_main(recorder.run(run), [which] if which else [], names) == 0, name
-            found[name] = recorder.keys
-    return found
-
-
-@pytest.mark.slow
-def test_stages_read_exactly_the_declared_keys(tmp_path: Path) -> None:
-    values = {
-        PARAMS_FILE: load_params(ROOT / PARAMS_FILE),
-        PROFILE_FILE: load_profile(ROOT / "configs" / "smoke.yaml"),
-    }
-    lost, idle = {}, {}
-    for name, keys in read_keys(tmp_path).items():
-        stage = STAGES[name]
-        lost[name] = {key for file, key in keys if not stage.reads(file, key)} - PLACES
-        declared = {
-            (f, key) for f, block in values.items() for key, _ in leaves(block.model_dump()) if stage.reads(f, key)
-        }
-        idle[name] = {key for f, key in declared if not any(f == g and f"{key}.".startswith(f"{k}.") for g, k in keys)}
-        idle[name] -= ELSEWHERE | ELSEWHERE_OF.get(name, set())
-    assert not any(lost.values()), f"pipelines/inputs.yaml must list these: the stages read them. {lost}"
-    assert not any(idle.values()), f"pipelines/inputs.yaml lists these, and the stages do not read them. {idle}"
