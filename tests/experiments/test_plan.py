@@ -229,6 +229,12 @@ def test_an_arm_with_committed_values_repeats_the_training_of_its_checkpoint(rep
         assert plan_study(Question(question="?", arms=arms), repository).seed_keys == seeds
 
 
+def test_a_question_may_repeat_stage_2_alone(repository: Path) -> None:
+    arms = {"whole": Arm(), "fewer": Arm(changes=("configs/${profile}.yaml:records.missing=0.3",), baseline="whole")}
+    for repeat, seeds in (("changed", ("stage1.seed", "stage2.seed")), ("stage2", ("stage2.seed",))):
+        assert plan_study(Question(question="?", arms=arms, repeat=repeat), repository).seed_keys == seeds
+
+
 def test_another_profile_applies_to_every_arm_with_a_plus_for_inherited_keys(repository: Path, tmp_path: Path) -> None:
     for name in ("params.yaml", "pipelines/inputs.yaml"):
         (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -99,6 +99,10 @@ class Question(Block):
         description="what both sides have in common: training tokens, also rollouts, only decoding, or nothing",
     )
     seeds: PositiveCount = Field(default=3, description="repetitions of every arm")
+    repeat: Literal["changed", "stage2"] = Field(
+        default="changed",
+        description="what a repetition trains again: the stages that differ between arms, or stage 2 and control alone",
+    )
     note: str = Field(default="", description="limits of the answer")
     changes: Texts = Field(default=(), description="KEY=VALUE of all arms, applied before their own")
     arms: dict[str, Arm] = Field(description="name -> arm")

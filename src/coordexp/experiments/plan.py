@@ -89,8 +89,8 @@ def plan_study(study: Question, root: Path) -> Plan:
     """The plan of a question in the repository at `root`.
 
     Repetitions vary `stage2.seed`, and also `stage1.seed` if a value of any arm differs from the committed one and
-    affects stage 1 or the data. An experiment on stage 2 thus takes its stage 1 from the cache, and the arms are paired
-    by equal seeds.
+    affects stage 1 or the data, unless the question repeats stage 2 alone. An experiment on stage 2 thus takes its
+    stage 1 from the cache, and the arms are paired by equal seeds.
 
     Raises:
         ConfigError: an unknown key or preset, a value out of range, or repetitions that would all be identical.
@@ -107,6 +107,8 @@ def plan_study(study: Question, root: Path) -> Plan:
     if not keys and study.budget != "decoding":  # all arms have the committed values: their training is repeated
         touched = {arm.checkpoint for arm in study.arms.values()}
     repeated = seed_keys(touched)
+    if study.repeat == "stage2" and repeated:
+        repeated = seed_keys({"stage2"})
     if not repeated and study.seeds > 1:
         raise ConfigError(f"--seeds {study.seeds}: {', '.join(sorted(keys))} affects no training; use --seeds 1.")
     if clash := set(repeated) & {key for values in settings.values() for key in values}:
