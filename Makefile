@@ -35,7 +35,7 @@ ifneq ($(filter preset,$(MAKECMDGOALS)),)
 $(call named,configs/presets,$(PRESET))
 endif
 
-.PHONY: help env dev locks demo test quick changed-tests vllm test-vllm preset ablation experiments bench gpu-check check-profile smoke test-faults test-cuts checks docs report base trees real clean-resume
+.PHONY: help env dev locks demo test test-all quick changed-tests vllm test-vllm preset ablation experiments bench gpu-check check-profile smoke test-faults test-cuts checks docs report base trees real clean-resume
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -81,8 +81,13 @@ demo: env  ## run the whole graph of the profile in params.yaml, then say where 
 	echo "an A/B    dvc exp run -S softce_weight=0.2, then dvc metrics diff   (after: source .venv/bin/activate)"
 
 # tests/conftest.py says which tests stay together, and which files come first.
+SUITE := OMP_NUM_THREADS=1 pytest -n $(TEST_WORKERS) --dist loadscope --no-loadscope-reorder --durations=20
+
 test: $(DEV_STAMP)  ## run the test-suite, and name its slowest twenty
-	OMP_NUM_THREADS=1 pytest -n $(TEST_WORKERS) --dist loadscope --no-loadscope-reorder --durations=20 -m "not vllm and not faults"
+	$(SUITE) -m "not vllm and not faults and not thorough"
+
+test-all: $(DEV_STAMP)  ## the same, and runs in several processes, killed runs, folders of every format, and benchmarks at toy size
+	$(SUITE) -m "not vllm and not faults"
 
 quick: $(DEV_STAMP)  ## before a pull request, 90 seconds: lint, formatting, types, and the unit tests of what differs from main
 	@$(MAKE) --no-print-directory --output-sync=target -j2 checks changed-tests

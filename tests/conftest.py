@@ -40,6 +40,12 @@ LONG = (
 # Their tests share no expensive fixture, so each may run on any worker. Tests of other files stay together.
 SPREAD = ("graph/test_smoke.py", "graph/test_kill.py", "training/test_distributed.py", "benchmarks/test_scripts.py")
 
+# Their slow tests are `thorough`: they wait long, and few changes concern them.
+THOROUGH = (
+    "benchmarks/test_scripts.py", "graph/test_faults.py", "graph/test_kill.py", "graph/test_own_photos.py",
+    "training/test_distributed.py", "training/test_fsdp.py", "training/test_launch.py",
+)  # fmt: skip
+
 # Time limits per example would only measure the load of the machine.
 settings.register_profile("repository", deadline=None)
 settings.load_profile("repository")
@@ -83,8 +89,12 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests that need a missing CUDA device or vLLM; sort the tests that workers run first."""
+    """Mark thorough tests; skip those that need a missing CUDA device or vLLM; sort those that workers run first."""
+    for item in items:
+        if item.get_closest_marker("slow") and _file(item) in THOROUGH:
+            item.add_marker("thorough")
     missing = {"gpu": _no_cuda, "vllm": lambda: not VLLM_PYTHON.is_file()}
     for mark, is_missing in missing.items():
         marked = [item for item in items if item.get_closest_marker(mark)]

@@ -68,7 +68,7 @@ BESIDE: dict[str, dict[str, Any]] = {
     "stage2.reordered_ce_weight": {"stage2.passes": "two"},
     "matching.semantic": {"matching.lambda_sem": 1.0},
 }
-QUICK = ("eval.bootstrap_resamples", "stage2.eos_weight", "gate_weight")  # evaluation, stage 2, all training
+QUICK = ("eval.bootstrap_resamples", "gate_weight")  # evaluation, all training
 # Stages with unchanged bytes here: the key has no effect with eight images and four steps.
 IDLE = {"matching.lambda_iou": {"stage2"}, "matching.lambda_l1": {"stage2"}}
 WEIGHTS = "runs/smoke/stage2/model.safetensors"
