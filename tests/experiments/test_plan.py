@@ -144,6 +144,11 @@ CLAIM = {"text": "t", "source": "s", "arm": "a", "baseline": "stage1", "expected
         ({"budget": "steps"}, "budget: found 'steps'"),
         ({"claims": {"c": CLAIM | {"margin": 0.0}}}, "margin is 0, expected above 0"),
         ({"seeds": 0}, "seeds: found 0"),
+        ({"repeat": "stage1"}, "repeat: found 'stage1'"),
+        (
+            {"repeat": "stage2", "arms": {"a": {"checkpoint": "stage1"}}},
+            "repeat is 'stage2', but all arms evaluate stage 1",
+        ),
     ],
 )
 def test_an_invalid_question_is_rejected(tmp_path: Path, changes: dict[str, Any], words: str) -> None:

@@ -112,6 +112,8 @@ class Question(Block):
     def _names_are_there(self) -> Question:
         if taken := sorted(self.arms.keys() & {*TRAINED}):
             raise ValueError(f"arms: {taken[0]!r} is the name of a checkpoint; rename the arm.")
+        if self.repeat == "stage2" and all(arm.checkpoint == "stage1" for arm in self.arms.values()):
+            raise ValueError("repeat is 'stage2', but all arms evaluate stage 1: repetitions would be identical.")
         named = {f"arms.{name}.baseline": arm.baseline for name, arm in self.arms.items()}
         named |= {f"claims.{name}.baseline": claim.baseline for name, claim in self.claims.items()}
         named = {key: name for key, name in named.items() if name not in ("", *TRAINED)}
