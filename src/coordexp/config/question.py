@@ -109,7 +109,7 @@ class Question(Block):
     claims: dict[str, Claim] = Field(default_factory=dict, description="name -> claim; the first one gives the answer")
 
     @model_validator(mode="after")
-    def _names_are_there(self) -> Question:
+    def _fits_together(self) -> Question:
         if taken := sorted(self.arms.keys() & {*TRAINED}):
             raise ValueError(f"arms: {taken[0]!r} is the name of a checkpoint; rename the arm.")
         if self.repeat == "stage2" and all(arm.checkpoint == "stage1" for arm in self.arms.values()):
