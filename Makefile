@@ -86,7 +86,7 @@ SUITE := OMP_NUM_THREADS=1 pytest -n $(TEST_WORKERS) --dist loadscope --no-loads
 test: $(DEV_STAMP)  ## run the test-suite, and name its slowest twenty
 	$(SUITE) -m "not vllm and not faults and not thorough"
 
-test-all: $(DEV_STAMP)  ## the same, and runs in several processes, killed runs, folders of every format, and benchmarks at toy size
+test-all: $(DEV_STAMP)  ## the same, and runs in several processes, killed runs, more damaged files, and benchmarks at toy size
 	$(SUITE) -m "not vllm and not faults"
 
 quick: $(DEV_STAMP)  ## before a pull request, 90 seconds: lint, formatting, types, and the unit tests of what differs from main
