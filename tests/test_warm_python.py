@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,18 @@ def test_signals_reach_the_program_and_it_dies_with_its_caller(environment: dict
         while Path(f"/proc/{pid.read_text()}").exists():
             assert time.monotonic() < deadline
             time.sleep(0.02)
+
+
+def test_programs_may_begin_and_end_at_the_same_time(environment: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "x.py").write_text("import sys\nprint('here')\nsys.exit(int(sys.argv[1]))\n")
+
+    def run(number: int) -> tuple[int, str]:
+        command = ["python", "x.py", str(number)]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        return done.returncode, done.stdout
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(run, range(40))) == [(number, "here\n") for number in range(40)]
 
 
 def test_without_the_server_programs_start_a_fresh_interpreter(tmp_path: Path) -> None:

@@ -210,7 +210,7 @@ def _fork_programs(listener: socket.socket, until: int) -> None:
                 programs[connection] = _fork(connection, [listener, until, *programs, *filter(None, programs.values())])
                 if PROGRAM:
                     return
-        programs = {connection: running for connection, running in programs.items() if connection.fileno() >= 0}
+            programs = {asked: number for asked, number in programs.items() if asked.fileno() >= 0}  # the open ones
 
 
 def _fork(connection: socket.socket, ours: list[socket.socket | int]) -> int:
