@@ -3,7 +3,8 @@
     PYTHONPATH=src python tests/changed.py [--since main] [--within 60]
 
 The order is: changed test files, test files named after a changed module, test files that import one, and the rules of
-the repository (tests/invariants). Slow tests are left to `make test`; after the time limit, the rest is skipped.
+the repository (tests/invariants). Slow and thorough tests are left to `make test-all`; after the time limit, the rest
+is skipped.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import pytest
 from source_tree import ROOT, imports
 
 TESTS = ROOT / "tests"
-LEFT_OUT = "not slow and not vllm and not faults"
+LEFT_OUT = "not slow and not vllm and not faults and not thorough"
 
 
 def changed_files(since: str) -> list[Path]:

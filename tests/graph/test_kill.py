@@ -2,7 +2,7 @@
 
 A campaign runs the smoke profile once and kills it at four places on the way. `make test-faults` runs all of them: 20
 places, drawn from a seed. `make test-faults POINTS="16 19"` kills one run at the places of these numbers, counted from
-0 over all campaigns. The default suite kills a run at FEW places, of the stages that follow from stage 1. What
+0 over all campaigns. `make test-all` kills a run at FEW places, of the stages that follow from stage 1. What
 happens at each operation on files inside a stage is the matter of tests/fault_lab.py.
 """
 
