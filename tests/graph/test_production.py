@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from pipelines import coco_eval, convert, decode, norm1000, pack, raw, report, rollout, stage1, stage1_control, stage2
 from ruamel.yaml import YAML
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, Qwen3VLConfig
 
 from coco_oddities import (
     CATEGORIES,
@@ -65,18 +65,21 @@ def paths(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Iterato
         yield ProfilePaths(PROFILE, root)
 
 
-def tokenizers_kept(load: Callable[[Path], PreTrainedTokenizerBase]) -> Callable[[Path], PreTrainedTokenizerBase]:
+Load = Callable[[Path, Qwen3VLConfig], PreTrainedTokenizerBase]
+
+
+def tokenizers_kept(load: Load) -> Load:
     """A loader that reads the same files once: for 150,000 tokens it takes seconds, in most stages several times.
 
     A base model's tokenizer is always read: stages add tokens to it.
     """
     kept: dict[str, PreTrainedTokenizerBase] = {}
 
-    def loaded(folder: Path) -> PreTrainedTokenizerBase:
+    def loaded(folder: Path, config: Qwen3VLConfig) -> PreTrainedTokenizerBase:
         files = " ".join(content_hash(folder / name) for name in TOKENIZER_FILES if (folder / name).exists())
         if files in kept:
             return kept[files]
-        tokenizer = load(folder)
+        tokenizer = load(folder, config)
         if has_coord_tokens(tokenizer):
             kept[files] = tokenizer
         return tokenizer
@@ -99,7 +102,7 @@ def write_profile(repository: Path, root: Path) -> None:
     profile["model"] |= {"min_pixels": 4096, "max_pixels": 9216}
     profile["records"] |= {"dev_images": 6, "bad_images": "drop"}
     profile["packing"]["pack_tokens"] = 512
-    profile["stage1"] |= {"steps": 4, "packs_per_step": 2, "warmup_steps": 1}
+    profile["stage1"] |= {"steps": 2, "packs_per_step": 2, "warmup_steps": 1}
     profile["stage2"] |= {"steps": 4, "samples_per_step": 4, "warmup_steps": 1}
     profile["rollout"] |= {"images": 8, "batch_images": 8}
     profile["report"]["gallery_images"] = 4

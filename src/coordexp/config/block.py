@@ -41,6 +41,7 @@ class FieldSpec:
     key: str  # full dotted key
     expected: str  # "a number in [0, 1]"
     description: str
+    choices: tuple[str, ...]  # all values of a key that takes one of several words, else empty
 
 
 def field_specs(block: type[Block], prefix: str = "") -> Iterator[FieldSpec]:
@@ -54,7 +55,7 @@ def field_specs(block: type[Block], prefix: str = "") -> Iterator[FieldSpec]:
         elif inner := named_blocks(field):
             yield from field_specs(inner, f"{prefix}{name}.<name>.")
         else:
-            yield FieldSpec(prefix + name, expectation(field), field.description or "")
+            yield FieldSpec(prefix + name, expectation(field), field.description or "", choices(field))
 
 
 def nested_block(field: FieldInfo) -> type[Block] | None:
@@ -86,6 +87,11 @@ def accepts_null(field: FieldInfo) -> bool:
     return type(None) in get_args(field.annotation)
 
 
+def choices(field: FieldInfo) -> tuple[str, ...]:
+    """The words of which a field accepts one, if it accepts nothing else."""
+    return get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+
+
 def expectation(field: FieldInfo) -> str:
     """What a field accepts, in words: the type, then the range or the choices."""
     kind = field.annotation
@@ -96,8 +102,8 @@ def expectation(field: FieldInfo) -> str:
         return f"a block with the keys {', '.join(inner.model_fields)}"
     if kinds := block_kinds(field):
         return f"a block with the key {field.discriminator}: {' or '.join(kinds)}"
-    if get_origin(kind) is Literal:
-        return "one of " + ", ".join(get_args(kind))
+    if names := choices(field):
+        return f"one of {', '.join(names)}"
     if get_origin(kind) is tuple:
         noun = "a non-empty list" if any(isinstance(m, MinLen) for m in field.metadata) else "a list"
         size = noun if ... in get_args(kind) else f"a list of {len(get_args(kind))}"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from copy import deepcopy
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -195,7 +197,7 @@ def _yaml_value(text: str, where: str, any_keys: bool = False) -> Any:
             raise ConfigError(
                 f"{where}: contains an alias (*name), which is not supported. Write the value out in each place."
             )
-        value = YAML(typ="safe", pure=True).load(text)
+        value = _parsed(text)
         check_tree(value, PARAMETERS.max_depth)
         check_text(value)
     except YAMLError as error:
@@ -209,7 +211,12 @@ def _yaml_value(text: str, where: str, any_keys: bool = False) -> Any:
         raise ConfigError(f"{where}: not valid YAML ({error}). Quote the value, or correct it.") from error
     if not any_keys:
         _check_keys(value, where, ())
-    return value
+    return deepcopy(value)  # callers change what they read
+
+
+@lru_cache(maxsize=32)  # one command reads params.yaml, a profile or dvc.lock up to four times
+def _parsed(text: str) -> Any:
+    return YAML(typ="safe", pure=True).load(text)
 
 
 def _check_keys(value: Any, where: str, at: Location) -> None:

@@ -123,8 +123,9 @@ def load_format(folder: Path, min_pixels: int | None = None, max_pixels: int | N
     """Everything of a checkpoint except the weights; arguments and errors as for `load_checkpoint`."""
     check_config(folder)
     verify_files(folder, decides_answer)
-    form = read_format(folder)
-    check_fits(folder, read_config(folder), weight_shapes(folder))
+    config = read_config(folder)
+    form = _format(folder, config)
+    check_fits(folder, config, weight_shapes(folder))
     low = form.pixels.min_pixels if min_pixels is None else min_pixels
     high = form.pixels.max_pixels if max_pixels is None else max_pixels
     return replace(form, pixels=replace(form.pixels, min_pixels=low, max_pixels=high))
@@ -133,8 +134,12 @@ def load_format(folder: Path, min_pixels: int | None = None, max_pixels: int | N
 def read_format(folder: Path) -> ModelFormat:
     """As `load_format`, for a folder whose weights may be missing or changed."""
     check_config(folder)
+    return _format(folder, read_config(folder))
+
+
+def _format(folder: Path, config: Qwen3VLConfig) -> ModelFormat:
     transformers_logging.disable_progress_bar()
-    config, tokenizer = read_config(folder), _load_tokenizer(folder)
+    tokenizer = _load_tokenizer(folder, config)
     coord = CoordVocabulary.from_tokenizer(tokenizer) if has_coord_tokens(tokenizer) else None
     if (last := max(tokenizer.get_vocab().values())) >= config.to_dict()["text_config"]["vocab_size"]:
         CHECKPOINT.refuse(str(folder), f"its tokenizer has the id {last}, outside the vocabulary of config.json")
@@ -176,7 +181,7 @@ def check_config(folder: Path) -> None:
         )
 
 
-def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+def _load_tokenizer(folder: Path, config: Qwen3VLConfig) -> PreTrainedTokenizerBase:
     for name in TOKENIZER_FILES:
         if (folder / name).exists():
             CHECKPOINT.read_json(folder / name)
@@ -188,7 +193,7 @@ def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     remedy = "Expected tokenizer files of Qwen3-VL that need no custom code. " + CHECKPOINT.remedy
     with faults_of(folder, "the tokenizer cannot be loaded", remedy):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
+            folder, config=config, local_files_only=True, trust_remote_code=False
         )
     _check_special_tokens(folder / "tokenizer_config.json", tokenizer, file)
     return tokenizer

@@ -13,7 +13,6 @@ from coordexp.config.question import UNASKED, Arm, load_question, question_names
 from coordexp.config.schema import Params
 from coordexp.reporting.markdown import table
 
-CHOICES = "one of "
 Compared = Mapping[str, Mapping[str, list[str]]]  # key of params.yaml -> value -> names of questions
 
 
@@ -67,8 +66,8 @@ def _missing(compared: Compared, committed: Mapping[str, Any]) -> list[str]:
     """Keys, and choices of a key, that no arm has."""
     keys = [f"`{key}`" for key in committed if key not in compared and key not in UNASKED]
     for spec in field_specs(Params):
-        choices = spec.expected.removeprefix(CHOICES).split(", ") if spec.expected.startswith(CHOICES) else []
-        keys += [f"`{spec.key}: {name}`" for name in choices if name not in compared.get(spec.key, choices)]
+        values = compared.get(spec.key, spec.choices)
+        keys += [f"`{spec.key}: {name}`" for name in spec.choices if name not in values]
     return keys
 
 

@@ -183,5 +183,6 @@ def _environment(group: Sequence[str]) -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join(paths),
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
-        **({"VLLM_CPU_KVCACHE_SPACE": "1"} if is_cpu else {}),
+        # On CPU, the process of the engine also computes; vLLM's default is one more, which it polls for each token.
+        **({"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"} if is_cpu else {}),
     }
