@@ -42,6 +42,10 @@ help:  ## show this list
 
 env: $(STAMP)  ## make .venv from requirements.lock (once)
 
+# pip would compile on one core, and a third more: tests, and models that nobody here imports. Not an error: some packages
+# ship templates that are no Python.
+COMPILE = -m compileall -qq -j 0 -x '/tests?/|/transformers/models/.*/(modeling|modular|convert)_(?!auto|qwen)'
+
 # Each file that pip takes must have a hash of the lock, which names all of them; torch, whose file the index decides, has none.
 BY_HASH := install --no-deps --require-hashes
 
@@ -50,8 +54,7 @@ $(STAMP): requirements.lock requirements-torch.lock pyproject.toml
 	@echo "installing requirements.lock into $(VENV) (minutes, once)"
 	@$(VENV)/bin/python $(PIP) $(BY_HASH) --no-compile -r requirements.lock
 	@$(VENV)/bin/python $(PIP) install --no-compile -r requirements-torch.lock
-	@# pip would compile on one core. Not an error: some packages ship templates that are no Python.
-	@$(VENV)/bin/python -m compileall -qq -j 0 $(VENV)/lib || true
+	@$(VENV)/bin/python $(COMPILE) $(VENV)/lib || true
 	@$(VENV)/bin/python $(PIP) install --no-deps -e .
 	@touch $@
 
@@ -103,8 +106,9 @@ $(VLLM_STAMP): $(VLLM_LOCK) requirements-torch.lock
 	@echo "installing $(VLLM_LOCK) into $(VLLM_VENV): the $(VLLM_BUILD) build of vLLM (minutes, once)"
 	@if test -e $(OTHER_VLLM_STAMP); then rm -rf $(VLLM_VENV); fi
 	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
-	@$(VLLM_VENV)/bin/python $(PIP) $(if $(filter cpu,$(VLLM_BUILD)),$(BY_HASH),install) -r $(VLLM_LOCK)
-	@$(if $(filter cpu,$(VLLM_BUILD)),$(VLLM_VENV)/bin/python $(PIP) install --no-deps -r requirements-torch.lock)
+	@$(VLLM_VENV)/bin/python $(PIP) $(if $(filter cpu,$(VLLM_BUILD)),$(BY_HASH),install) --no-compile -r $(VLLM_LOCK)
+	@$(if $(filter cpu,$(VLLM_BUILD)),$(VLLM_VENV)/bin/python $(PIP) install --no-compile --no-deps -r requirements-torch.lock)
+	@$(VLLM_VENV)/bin/python $(COMPILE) $(VLLM_VENV)/lib || true
 	@touch $@
 
 test-vllm: $(DEV_STAMP) vllm  ## test the vLLM engine against real servers
