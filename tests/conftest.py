@@ -15,13 +15,29 @@ from coordexp.infra.threads import bound_spinning
 from once import made_once, run_folder, run_process
 from warm_python import warm_path
 
+GIB = 2**30
 VLLM_PYTHON = Path(__file__).parents[1] / ".venv-vllm" / "bin" / "python"
+
+MEMORY = Path("/dev/shm")  # a file system in memory
+
+
+def has_room(folder: Path) -> bool:
+    """Whether a run of all tests may keep its files in memory: 8 GiB may be written, and 16 GiB are available."""
+    if not os.access(folder, os.W_OK):
+        return False
+    space = os.statvfs(folder)
+    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    available = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
+    return space.f_bavail * space.f_frsize >= 8 * GIB and available >= 16 * GIB
+
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, where a shell runs the suite in the background
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # test workers are the parallelism
 bound_spinning()  # also for the processes that tests start
 gc.set_threshold(100_000, 50, 50)  # the modules of torch and transformers are a million objects to walk through
 os.fsync = lambda _descriptor: None  # nothing here outlives a power cut, and a busy disk takes its time
+if has_room(MEMORY):  # a run creates more than 70,000 files, for which a disk takes many times as long; 2 GB at once
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when it is imported: kernels then run on the CPU
 

@@ -44,7 +44,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the scenes of one phase, and of dev."""
     folder = tmp_path_factory.mktemp("base")
     write_coco_folder(folder / "data" / "few", SCENES, seed=3, workers=1, unwritten=0.5)
-    write_coco_folder(folder / "data" / "dev", SCENES, seed=4, workers=1)
+    write_coco_folder(folder / "data" / "dev", SCENES.model_copy(update={"val_images": 2}), seed=4, workers=1)
     return folder
 
 
