@@ -20,6 +20,7 @@ from coordexp.evaluation.measures import MEASURES
 from coordexp.evaluation.registry import metric_specs
 from coordexp.experiments.compare import judged
 from coordexp.experiments.plan import AS_COMMITTED, Plan, grid_study, plan_study
+from coordexp.experiments.questions import question_lines
 from coordexp.experiments.readings import READINGS
 
 MakePlan = Callable[..., Plan]
@@ -236,6 +237,16 @@ def test_a_question_may_repeat_stage_2_alone(repository: Path) -> None:
     arms = {"whole": Arm(), "fewer": Arm(changes=("configs/${profile}.yaml:records.missing=0.3",), baseline="whole")}
     for repeat, seeds in (("changed", ("stage1.seed", "stage2.seed")), ("stage2", ("stage2.seed",))):
         assert plan_study(Question(question="?", arms=arms, repeat=repeat), repository).seed_keys == seeds
+
+
+def test_the_list_of_questions_says_what_is_repeated(repository: Path) -> None:
+    lines = question_lines(repository, "tiny")
+    for name in question_names(repository):
+        question = load_question(name, repository)
+        [at] = (n for n, line in enumerate(lines) if line.startswith(f"{name}: "))
+        times = "once" if question.seeds == 1 else f"{question.seeds} seeds"
+        times += " of stage 2" if question.repeat == "stage2" else ""
+        assert f"; {times}; " in lines[at + 1]
 
 
 def test_another_profile_applies_to_every_arm_with_a_plus_for_inherited_keys(repository: Path, tmp_path: Path) -> None:

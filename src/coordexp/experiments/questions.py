@@ -67,6 +67,7 @@ def question_lines(root: Path, profile: str) -> list[str]:
         on = f" (profile {question.profile})" if question.profile not in ("", profile) else ""
         lines.append(f"{name}: {question.question}{on}")
         times = f"{question.seeds} seeds" if question.seeds > 1 else "once"
+        times += " of stage 2" if question.repeat == "stage2" else ""
         lines.append(f"  arms: {', '.join(question.arms)}; {times}; {BUDGETS[question.budget]}")
         rules = [rule_words(claim.model_dump()) for claim in question.claims.values()]
         more = f", and {len(rules) - 1} more" if len(rules) > 1 else ""
