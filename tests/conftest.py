@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,9 @@ def has_room(folder: Path) -> bool:
     """Whether a run of all tests may keep its files in memory: 8 GiB may be written, and 16 GiB are available."""
     if not os.access(folder, os.W_OK):
         return False
-    space = os.statvfs(folder)
     lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     available = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
-    return space.f_bavail * space.f_frsize >= 8 * GIB and available >= 16 * GIB
+    return shutil.disk_usage(folder).free >= 8 * GIB and available >= 16 * GIB
 
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, where a shell runs the suite in the background

@@ -192,14 +192,14 @@ def same_kinds(found: Any, expected: Any, said: Any) -> bool:
     return type(found) is type(expected) or found == said or expected is None
 
 
-@pytest.mark.parametrize("files", [50, pytest.param(200, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("numbers", [range(50), pytest.param(range(50, 200), marks=pytest.mark.thorough)], ids=str)
 @pytest.mark.parametrize(("name", "load", "parse"), [PARAMS, PROFILE])
 def test_damaged_parameter_files_are_refused_or_read_correctly(
-    tmp_path: Path, name: str, load: Callable, parse: Callable, files: int
+    tmp_path: Path, name: str, load: Callable, parse: Callable, numbers: range
 ) -> None:
     """Damaged files (truncated, flipped bits, another encoding) with few lines, because YAML is slow to parse."""
     lines, path = (ROOT / name).read_bytes().splitlines(keepends=True), tmp_path / Path(name).name
-    for number in range(files):
+    for number in numbers:
         rng = random.Random(number)
         first = rng.randrange(len(lines) // 2)
         path.write_bytes(damaged(b"".join(lines[first : first + len(lines) // 4]), rng))

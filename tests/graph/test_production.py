@@ -76,7 +76,8 @@ def tokenizers_kept(load: Load) -> Load:
     kept: dict[str, PreTrainedTokenizerBase] = {}
 
     def loaded(folder: Path, config: Qwen3VLConfig) -> PreTrainedTokenizerBase:
-        files = " ".join(content_hash(folder / name) for name in TOKENIZER_FILES if (folder / name).exists())
+        paths = (folder / name for name in ("tokenizer.json", *TOKENIZER_FILES))
+        files = " ".join(content_hash(path) for path in paths if path.exists())
         if files in kept:
             return kept[files]
         tokenizer = load(folder, config)
